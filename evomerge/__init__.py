@@ -1,0 +1,43 @@
+"""evomerge: find the best way to merge fine-tuned checkpoints of one base model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module. Imported on first use, so that `import evomerge` stays instant and needs no torch.
+_PUBLIC = {
+    "Evaluator": "evomerge.evaluation",
+    "EvaluatorContext": "evomerge.evaluation",
+    "Item": "evomerge.evaluation",
+    "Outcome": "evomerge.evaluation",
+    "Target": "evomerge.evaluation",
+    "TaskSpec": "evomerge.evaluation",
+    "EvomergeError": "evomerge.errors",
+    "UserError": "evomerge.errors",
+    "EvaluatorError": "evomerge.errors",
+    "METHODS": "evomerge.methods",
+    "merge_state_dicts": "evomerge.methods",
+    "LowRank": "evomerge.methods.base",
+    "Method": "evomerge.methods.base",
+    "Param": "evomerge.methods.base",
+    "TensorInfo": "evomerge.methods.base",
+    "Recipe": "evomerge.recipe",
+    "Searcher": "evomerge.searchers.base",
+    "Told": "evomerge.searchers.base",
+    "Space": "evomerge.space",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'evomerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Contract suites that every plug-in can run, and the tiny families that the tests search."""
