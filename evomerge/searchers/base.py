@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from evomerge.methods.base import Param
+    from evomerge.params import Param
     from evomerge.space import Space
 
 Point = dict[str, float]  # dimension name -> value, in the space's own units
