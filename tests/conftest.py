@@ -1,0 +1,115 @@
+"""Settings and families that all tests share.
+
+The environment is set here, on import, because transformers, datasets and tokenizers read theirs when they are imported
+themselves. Processes that a test starts inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# A short path: Unix sockets (Ray, PostgreSQL) below it must stay under 108 bytes.
+SESSION = Path(tempfile.mkdtemp(prefix="evomerge-"))
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HOME=str(SESSION / "huggingface"),
+    XDG_CACHE_HOME=str(SESSION / "cache"),
+    EVOMERGE_CACHE=str(SESSION / "evomerge"),
+    TRANSFORMERS_VERBOSITY="error",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    COLUMNS="200",  # rich wraps by the terminal's width, which would break lines that tests look for
+    NO_COLOR="1",
+)
+for name in ("RAY_ADDRESS", "EVOMERGE_STORAGE", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import hypothesis
+
+    quiet = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+    hypothesis.settings.register_profile("local", deadline=None, max_examples=30, suppress_health_check=quiet)
+    hypothesis.settings.register_profile(
+        "ci", deadline=None, max_examples=30, derandomize=True, database=None, suppress_health_check=quiet
+    )
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests run when they are asked for: by `-m`, or by the file or test named on the command line."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    skip = pytest.mark.skip(reason="slow; `make test-slow` or `-m slow` runs it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(SESSION, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums depend on the thread count; and the cores are shared with the processes that tests start."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def lora_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` (a tiny Llama) with LoRA experts ``expert0`` and ``expert1``. Shared: do not write into it."""
+    from evomerge.testing import tiny
+
+    return tiny.make_family(tmp_path_factory.mktemp("lora"), experts=2, kind="lora")
+
+
+@pytest.fixture(scope="session")
+def dense_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` (a tiny Llama) with dense experts ``expert0`` and ``expert1``. Shared: do not write into it."""
+    from evomerge.testing import tiny
+
+    return tiny.make_family(tmp_path_factory.mktemp("dense"), experts=2, kind="dense")
+
+
+@pytest.fixture(scope="session")
+def moe_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` (a tiny Mixtral) with dense experts ``expert0`` and ``expert1``. Shared: do not write into it."""
+    from evomerge.testing import tiny
+
+    folder = tmp_path_factory.mktemp("moe")
+    base = tiny.save_model(folder / "base", tiny.mixtral_config(), seed=0)
+    for t in range(2):
+        tiny.save_dense_expert(base, folder / f"expert{t}", seed=t + 1)
+    return folder
+
+
+@pytest.fixture
+def experiment(lora_family: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``experiment(family=lora_family, **keys)`` writes a fresh copy of a family with its experiment.yaml.
+
+    Returns the path of the experiment file. ``keys`` replace top-level keys of ``tiny.write_experiment``.
+    """
+    from evomerge.testing import tiny
+
+    def make(family: Path = lora_family, *, folder: str = "experiment", **keys) -> Path:
+        shutil.copytree(family, tmp_path / folder)
+        return tiny.write_experiment(tmp_path / folder, **keys)
+
+    return make
