@@ -49,13 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run when they are asked for: by `-m`, or by the file or test named on the command line."""
+    """Slow tests run when they are asked for: by ``-m slow``, or by name (``pytest tests/x.py::test_y``)."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
-    skip = pytest.mark.skip(reason="slow; `make test-slow` or `-m slow` runs it")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    slow = [item for item in items if "slow" in item.keywords]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
