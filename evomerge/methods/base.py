@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError, nearest
-from evomerge.params import Param as Param  # re-exported: plug-ins import it from here
+from evomerge.params import Param
 
 KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 
