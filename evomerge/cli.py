@@ -1,0 +1,348 @@
+"""The command line: parse, call, print. Heavy libraries are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evomerge import __version__
+from evomerge.errors import Interrupted, UserError
+
+EXIT_INPUT, EXIT_FAILURES, EXIT_INTERRUPTED = 2, 3, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Find the best way to merge fine-tuned checkpoints of one base model.
+
+    A search is described by an experiment file, kept as a study in a store, and ends with a leaderboard. STUDY below is
+    an experiment file, or the name of a study in --storage, EVOMERGE_STORAGE or ./evomerge.db.
+
+    Exit codes: 0 done; 2 the input is wrong; 3 the study ended with failures that need a look; 130 interrupted, and
+    resumable.""",
+)
+
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", help="URL of the store, such as sqlite:///my.db or postgresql+psycopg://host/db."),
+]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Workers, in place of the experiment's.")]
+Address = Annotated[str | None, typer.Option("--address", help="Ray cluster: auto, or ray://host:10001.")]
+Seconds = Annotated[str | None, typer.Option("--time", help="Propose no candidate after this long: 90s, 30m, 6h.")]
+Budget = Annotated[str | None, typer.Option("--budget", help="Trials in all; +N for N more than the study has.")]
+Drift = Annotated[bool, typer.Option("--allow-drift", help="Go on although sources, evaluator or data have changed.")]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="An experiment file, or a study's name.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"evomerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def _example(text: str) -> str:
+    return f"Example: {text}"
+
+
+@app.command(epilog=_example("evomerge run experiment.yaml --budget 200 --workers 4"))
+def run(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would happen, stop.")] = False,
+    budget: Budget = None,
+    time: Seconds = None,
+    workers: Workers = None,
+    address: Address = None,
+    storage: Storage = None,
+) -> None:
+    """Search for the best merge: controls, candidates, finish, leaderboard. Goes on with a study that exists."""
+    from evomerge.launch import Options
+    from evomerge.spec import load_spec
+
+    spec = load_spec(experiment)
+    options = Options(budget, _seconds(time), workers, address, storage)
+    if dry_run:
+        _dry_run(spec, options)
+        return
+    _run(spec, options, str(experiment), must_exist=False)
+
+
+@app.command(epilog=_example("evomerge resume experiment.yaml --budget +100"))
+def resume(
+    study: StudyArgument,
+    budget: Budget = None,
+    time: Seconds = None,
+    workers: Workers = None,
+    address: Address = None,
+    storage: Storage = None,
+    allow_drift: Drift = False,
+) -> None:
+    """Go on after any stop, crash or kill. Refuses inputs that have changed, with a list of what did."""
+    from evomerge.launch import Options, find_study, open_study, stored_spec
+
+    url, _, spec = find_study(study, storage)
+    options = Options(budget, _seconds(time), workers, address, url, allow_drift)
+    _run(spec or stored_spec(open_study(study, storage)), options, study, must_exist=True)
+
+
+@app.command(epilog=_example("evomerge stop experiment.yaml"))
+def stop(study: StudyArgument, storage: Storage = None) -> None:
+    """Ask the run of a study, wherever it is, to finish what is running and stop, as Ctrl-C does."""
+    from evomerge.launch import open_study
+
+    store = open_study(study, storage)
+    owner = store.owner()
+    if owner is None:
+        print("nothing is running this study")
+        return
+    store.request_stop()
+    print(f"asked {owner} to stop; resume later with: evomerge resume {study}")
+
+
+@app.command(epilog=_example("evomerge studies --storage sqlite:///evomerge.db"))
+def studies(storage: Storage = None) -> None:
+    """List the studies of a store."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from evomerge.launch import default_storage
+    from evomerge.store import Store
+
+    url = default_storage(storage)
+    summaries = Store.names(url)
+    if not summaries:
+        print(f"no studies in {url}")
+        return
+    table = Table("study", "trials", "failed", "budget", "best on search", "rounds", "state", box=None)
+    for s in summaries:
+        best = "" if s["best"] is None else f"{s['best']:.3f}"
+        cells = (s["complete"], s["failed"], s["budget"], best, s["rounds"], s["state"])
+        table.add_row(s["name"], *(str(cell) for cell in cells))
+    Console().print(table)
+
+
+@app.command(epilog=_example("evomerge leaderboard experiment.yaml --format md"))
+def leaderboard(
+    study: StudyArgument,
+    format: Annotated[str, typer.Option("--format", help="table, json, csv or md.")] = "table",
+    storage: Storage = None,
+) -> None:
+    """Ranked candidates and controls, with intervals; the winner on the test items."""
+    from evomerge.launch import open_study
+
+    _print_leaderboard(open_study(study, storage), format)
+
+
+@app.command(epilog=_example("evomerge show experiment.yaml 17"))
+def show(
+    study: StudyArgument,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, best, or a control's name.")],
+    storage: Storage = None,
+) -> None:
+    """One trial: recipe, scores, timing, attempts, failure."""
+    from evomerge.launch import open_study
+    from evomerge.showing import show_trial
+
+    print(show_trial(open_study(study, storage), trial))
+
+
+@app.command(epilog=_example("evomerge export experiment.yaml --trial best --out merged"))
+def export(
+    study: StudyArgument,
+    out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
+    trial: Annotated[str, typer.Option("--trial", help="A trial's number, best, or a control's name.")] = "best",
+    storage: Storage = None,
+) -> None:
+    """Write a trial's merge as a Hugging Face checkpoint with its recipe and a model card."""
+    from evomerge.launch import open_study
+    from evomerge.showing import card_of, resolve_subject
+
+    store = open_study(study, storage)
+    subject, recipe = resolve_subject(store, trial)
+    _export(recipe, out, card_of(store, subject), store.record["worker"]["threads"])
+
+
+@app.command(epilog=_example("evomerge merge recipe.yaml --out merged"))
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")],
+    out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+) -> None:
+    """One merge, without a search."""
+    from evomerge.recipe import Recipe
+
+    _export(Recipe.load(recipe), out, None, threads)
+
+
+@app.command(epilog=_example("evomerge evaluate merged experiment.yaml --split test --compare"))
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="MODEL|RECIPE", help="A checkpoint folder or a recipe file.")],
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment whose items to use.")],
+    split: Annotated[str, typer.Option("--split", help="search, select or test.")] = "select",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare with what the study stored for the same recipe; exit 3 if it differs.")
+    ] = False,
+    format: Annotated[str, typer.Option("--format", help="text or json (item by item).")] = "text",
+    storage: Storage = None,
+) -> None:
+    """Score a checkpoint or a recipe on an experiment's items, by plain transformers, in this process."""
+    _choice("--split", split, ("search", "select", "test"))
+    _choice("--format", format, ("text", "json"))
+    import json
+
+    from evomerge import rescoring
+    from evomerge.launch import open_study
+    from evomerge.planning import build_plan
+    from evomerge.progress import Progress
+    from evomerge.spec import load_spec
+
+    plan = build_plan(load_spec(experiment), Progress(), workers=1)
+    store = open_study(str(experiment), storage) if compare else None
+    scores = rescoring.score_target(target, plan, split)
+    comparison = rescoring.compare(scores, store) if store else None
+    if format == "json":
+        print(json.dumps(rescoring.as_json(scores, comparison), indent=2))
+    else:
+        print("\n".join(rescoring.lines(scores, comparison)))
+    if comparison is not None and not comparison.identical:
+        raise typer.Exit(EXIT_FAILURES)
+
+
+@app.command(epilog=_example("evomerge methods ties"))
+def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, in full.")] = None) -> None:
+    """List the merge methods, or one with its parameters and source."""
+    from evomerge.showing import show_method, show_methods
+
+    print(show_method(name) if name else show_methods())
+
+
+@app.command(epilog=_example("evomerge schema > experiment.schema.json"))
+def schema() -> None:
+    """Print the JSON schema of experiment files, for editors that complete and check."""
+    import json
+
+    from evomerge.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.command(epilog=_example("evomerge doctor"))
+def doctor() -> None:
+    """Say what this machine has and whether evomerge can work on it."""
+    from evomerge.doctor import examine
+
+    checks = examine()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.found}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(EXIT_INPUT)
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{option} must be one of {', '.join(known)}, but is {value!r}")
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    from evomerge.spec import parse_duration
+
+    return parse_duration(text, where="--time")
+
+
+def _dry_run(spec: Any, options: Any) -> None:
+    from evomerge.planning import build_plan
+    from evomerge.progress import Progress
+    from evomerge.showing import describe_plan
+
+    plan = build_plan(spec, Progress(), workers=options.workers, address=options.address)
+    print(describe_plan(plan, options))
+
+
+def _run(spec: Any, options: Any, typed: str, *, must_exist: bool) -> None:
+    from evomerge.launch import run_study
+    from evomerge.progress import Progress
+    from evomerge.showing import closing, needs_a_look, stopped_after
+    from evomerge.study import NothingCompleted
+
+    progress = Progress()
+    try:
+        store = run_study(spec, options, progress, must_exist=must_exist)
+    except (Interrupted, KeyboardInterrupt):
+        print(stopped_after(spec, options, typed), file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except NothingCompleted as error:
+        print(f"evomerge: {error}\n  See: evomerge show {typed} 0", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILURES) from None
+    _print_leaderboard(store, "table")
+    print(closing(store, typed))
+    if needs_a_look(store):
+        raise typer.Exit(EXIT_FAILURES)
+
+
+def _print_leaderboard(store: Any, format: str) -> None:
+    from evomerge import leaderboard as board
+
+    _choice("--format", format, ("table", "json", "csv", "md"))
+    ranking = board.leaderboard(store)
+    if format == "table":
+        board.render_terminal(ranking)
+        return
+    text = {"json": board.to_json, "csv": board.to_csv, "md": board.to_markdown}[format](ranking)
+    print(text, end="" if text.endswith("\n") else "\n")
+
+
+def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int) -> None:
+    from evomerge.exporting import export as write
+    from evomerge.merging import verify_sources
+    from evomerge.progress import Progress
+    from evomerge.worker import apply_threads
+
+    progress = Progress()
+    apply_threads(threads)
+    recipe = verify_sources(recipe)
+    with progress.stage("writing", 1, unit="B") as stage:
+
+        def report(done: int, total: int) -> None:
+            stage.total = total
+            stage.update(done)
+
+        folder = write(recipe, out, card=card, progress=report)
+    print(f"wrote {folder}")
+
+
+def main() -> None:
+    """The ``evomerge`` command: users' mistakes are printed without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except UserError as error:
+        print(f"evomerge: {error}", file=sys.stderr)
+        sys.exit(EXIT_INPUT)
+    except (Interrupted, KeyboardInterrupt):
+        print("evomerge: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

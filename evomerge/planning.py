@@ -1,0 +1,261 @@
+"""From an experiment file to everything that is known before a model is loaded: the plan of a study."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints import Checkpoint, Sources, check_tokenizers, content_hash, open_checkpoint, open_expert
+from evomerge.errors import EvaluatorError, ResourceError, StudyError
+from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
+from evomerge.pools import WorkerSpec
+from evomerge.progress import Progress
+from evomerge.recipe import Group, Recipe, Source
+from evomerge.space import Space
+from evomerge.spec import Spec, resolve_file
+
+# Changing one of these changes what a study's stored numbers mean, so a resume refuses it.
+LIBRARIES = ("torch", "transformers", "lm-eval", "cma", "optuna", "numpy", "evomerge")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked experiment: sources, space, items and their splits, and what a worker is built from."""
+
+    spec: Spec
+    sources: Sources
+    template: Recipe  # sources with their hashes; its one group has zero weights
+    space: Space
+    evaluator: Evaluator
+    items: tuple[Item, ...]  # those in a split
+    worker: WorkerSpec
+    fingerprint: Mapping[str, str]  # what must not change before a resume, by a name that a user recognises
+    libraries: Mapping[str, str]
+
+    @property
+    def tasks(self) -> dict[str, TaskSpec]:
+        return dict(self.evaluator.context.tasks)
+
+    def item_ids(self, split: str) -> tuple[str, ...]:
+        return tuple(item.id for item in self.items if item.split == split)
+
+    def split_sizes(self) -> dict[str, Counter[str]]:
+        """Items by split, then by task."""
+        return {s: Counter(i.task for i in self.items if i.split == s) for s in SPLITS}
+
+
+def check_device(device: str, gpus: float) -> str:
+    """The device a worker runs on; ResourceError if GPUs are asked for where this machine's torch sees none.
+
+    With Ray on an address the cluster's own check applies, since the driver may have no GPU.
+    """
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    if device.startswith("cuda") and not gpus:
+        raise ResourceError(
+            f"workers.device is {device}, but workers.gpus is 0",
+            remedy="Set workers.gpus to the share of a GPU that one worker gets, such as 1.",
+        )
+    return device
+
+
+def check_local_gpus(count: int, gpus: float) -> None:
+    """ResourceError unless this machine has the GPUs that ``count`` workers with ``gpus`` each need."""
+    if not gpus:
+        return
+    import torch
+
+    have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count * gpus > have:
+        raise ResourceError(
+            f"{count} workers with {gpus:g} GPUs each were asked for, but this machine has {have} GPUs",
+            remedy="Lower workers.count or workers.gpus, or name a cluster with --address.",
+        )
+
+
+def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, address: str | None = None) -> Plan:
+    """Check everything that can be checked without loading a model, cheapest first.
+
+    Raises:
+        UserError: whatever is wrong with the experiment, by name, with the remedy.
+    """
+    count = workers or spec.workers.count
+    device = check_device(spec.workers.device, spec.workers.gpus)
+    if (address or spec.workers.address) is None:
+        check_local_gpus(count, spec.workers.gpus)
+
+    base = open_checkpoint(spec.base_path)
+    experts = {name: open_expert(path, base) for name, path in spec.expert_paths.items()}
+    check_tokenizers(base, [e for e in experts.values() if isinstance(e, Checkpoint)])
+
+    names = list(experts)
+    unhashed = Recipe(
+        base=Source("base", str(spec.base_path)),
+        experts=tuple(Source(n, str(p)) for n, p in spec.expert_paths.items()),
+        method="task_arithmetic",
+        groups=(Group(weights=(0.0,) * len(names)),),
+        seed=spec.seed,
+        export_dtype=spec.export_dtype,
+    )
+    Space.from_dict(spec.space, template=unhashed, num_layers=base.num_layers, where=spec.space_where)
+
+    evaluator_file = resolve_evaluator(spec)
+    context = EvaluatorContext(
+        folder=spec.folder,
+        tasks=spec.task_specs(),
+        options=spec.evaluate.options,
+        batch_size=spec.evaluate.batch_size,
+        seed=spec.seed,
+    )
+    evaluator = load_evaluator(evaluator_file, context)
+    items = tuple(assign_splits(evaluator.load(), spec.evaluate.split, seed=spec.seed))
+    _require_every_split(items, context.tasks)
+
+    template = hash_sources(unhashed, progress)
+    space = Space.from_dict(spec.space, template=template, num_layers=base.num_layers, where=spec.space_where)
+    worker = WorkerSpec(
+        folder=str(spec.folder),
+        base=_plain(template.base),
+        experts=tuple(_plain(s) for s in template.experts),
+        evaluator=evaluator_file,
+        tasks={n: _task_dict(t) for n, t in context.tasks.items()},
+        options=dict(context.options),
+        splits={item.id: item.split or "" for item in items},
+        batch_size=context.batch_size,
+        seed=spec.seed,
+        export_dtype=spec.export_dtype,
+        compute_dtype=spec.compute_dtype,
+        device=device,
+        threads=spec.workers.threads,
+        fixed_params=dict(space.fixed_params),
+    )
+    plan_parts = _fingerprint(spec, template, space, evaluator, items, worker)
+    return Plan(
+        spec=spec,
+        sources=Sources(base, list(experts.values())),
+        template=template,
+        space=space,
+        evaluator=evaluator,
+        items=items,
+        worker=worker,
+        fingerprint=plan_parts,
+        libraries=library_versions(),
+    )
+
+
+def resolve_evaluator(spec: Spec) -> str:
+    """The absolute path of the evaluator file, with ``@name`` kept."""
+    path, at, name = spec.evaluate.evaluator.partition("@")
+    return f"{resolve_file(path, spec.folder, 'evaluators')}{at}{name}"
+
+
+def hash_sources(recipe: Recipe, progress: Progress) -> Recipe:
+    """``recipe`` with the content hash of every source; reads each file once, unless a cached hash still holds."""
+    from dataclasses import replace
+
+    def hashed(source: Source) -> Source:
+        with progress.stage(f"checking {source.name}", 1, unit="B") as stage:
+
+            def report(done: int, total: int) -> None:
+                stage.total = total
+                stage.update(done)
+
+            return replace(source, sha256=content_hash(source.path, progress=report))
+
+    base = hashed(recipe.base) if recipe.base else None
+    return replace(recipe, base=base, experts=tuple(hashed(s) for s in recipe.experts))
+
+
+def library_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def drift(stored: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between a study's fingerprint and the present one, a line each."""
+    lines = []
+    for key in sorted({*stored, *now}):
+        old, new = stored.get(key), now.get(key)
+        if old == new:
+            continue
+        if old is None:
+            lines.append(f"{key}: is new ({_short(new)})")
+        elif new is None:
+            lines.append(f"{key}: is gone (was {_short(old)})")
+        else:
+            lines.append(f"{key}: was {_short(old)}, is {_short(new)}")
+    return lines
+
+
+def refuse_drift(name: str, changes: list[str]) -> StudyError:
+    listed = "\n".join(f"    {line}" for line in changes)
+    return StudyError(
+        f"study {name!r} was made with other inputs than are there now:\n{listed}",
+        remedy="Restore them, or give the experiment a new name, or go on all the same with --allow-drift "
+        "(scores before and after are then not comparable).",
+    )
+
+
+def _short(value: str | None) -> str:
+    value = str(value)
+    return value if len(value) <= 60 else value[:12]
+
+
+def _plain(source: Source | None) -> dict[str, str]:
+    assert source is not None
+    return {"name": source.name, "path": source.path, "sha256": source.sha256}
+
+
+def _task_dict(task: TaskSpec) -> dict[str, Any]:
+    return {"name": task.name, "weight": task.weight, "metric": task.metric, "options": dict(task.options)}
+
+
+def _require_every_split(items: tuple[Item, ...], tasks: Mapping[str, TaskSpec]) -> None:
+    counts = Counter((item.task, item.split) for item in items)
+    for task in tasks:
+        for split in SPLITS:
+            if not counts[task, split]:
+                raise EvaluatorError(
+                    f"task {task!r} has no items in the split {split!r}",
+                    where="evaluate.split",
+                    remedy="Every task needs at least one item to search on, to select on and to test on.",
+                )
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _fingerprint(
+    spec: Spec, template: Recipe, space: Space, evaluator: Evaluator, items: tuple[Item, ...], worker: WorkerSpec
+) -> dict[str, str]:
+    parts = {"base": template.base.sha256 if template.base else ""}
+    parts |= {f"expert {s.name}": s.sha256 for s in template.experts}
+    parts["space"] = json.dumps(space.to_dict(), sort_keys=True, default=str)
+    parts["search"] = json.dumps(
+        {"method": spec.search.method, "schedule": spec.search.schedule, **spec.search.options}, sort_keys=True
+    )
+    parts |= {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
+    for split in SPLITS:
+        parts[f"items in {split}"] = _digest([i.id for i in items if i.split == split])
+    for name, task in evaluator.context.tasks.items():
+        parts[f"task {name}"] = json.dumps(_task_dict(task), sort_keys=True, default=str)
+    parts["objective"] = json.dumps(spec.objective)
+    parts["evaluate options"] = json.dumps(spec.evaluate.options, sort_keys=True, default=str)
+    parts["seed"] = str(spec.seed)
+    for key in ("export_dtype", "compute_dtype", "threads", "batch_size"):
+        parts[key] = str(getattr(worker, key))
+    parts["device"] = worker.device.partition(":")[0]
+    return parts

@@ -1,0 +1,163 @@
+"""Scoring a checkpoint or a recipe outside of a study, and holding it against what a study stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints import Sources, check_tokenizers, open_checkpoint
+from evomerge.errors import CandidateError, EvaluatorError, SpecError, StudyError
+from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
+from evomerge.exporting import RECIPE_FILE
+from evomerge.merging import Merger, load_resident, open_sources
+from evomerge.planning import Plan
+from evomerge.recipe import Recipe
+from evomerge.store import Store
+from evomerge.worker import apply_threads
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model did on one split of an experiment."""
+
+    split: str
+    items: tuple[Item, ...]
+    outcomes: tuple[Outcome, ...]
+    tasks: dict[str, float]
+    objective: float
+    recipe: Recipe | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Item by item: how many outcomes equal the stored ones, and the largest difference of any metric."""
+
+    key: str
+    items: int
+    equal: int
+    largest: float
+
+    @property
+    def identical(self) -> bool:
+        return self.equal == self.items
+
+
+def score_target(target: Path, plan: Plan, split: str) -> Scores:
+    """Evaluate a checkpoint folder (loaded by plain transformers) or a recipe file on one split of an experiment.
+
+    The batch layout, thread count and compute dtype are the experiment's, so that the outcomes can be compared bit for
+    bit with a study's.
+
+    Raises:
+        UserError: ``target`` is neither a checkpoint nor a recipe, or does not fit the experiment.
+    """
+    spec = plan.spec
+    apply_threads(plan.worker.threads)
+    if target.is_dir():
+        check_tokenizers(open_checkpoint(target), [open_checkpoint(spec.base_path)])
+        model = load_resident(
+            target,
+            auto_class=plan.evaluator.auto_class,
+            compute_dtype=spec.compute_dtype,
+            device=plan.worker.device,
+        )
+        tokenizer_folder = target
+        recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None
+    elif target.is_file():
+        recipe = Recipe.load(target)
+        sources: Sources = open_sources(recipe)
+        if recipe.base is None:
+            raise SpecError("a recipe without a base cannot be evaluated", where=str(target), remedy="Export it first.")
+        model = load_resident(
+            recipe.base.path,
+            auto_class=plan.evaluator.auto_class,
+            compute_dtype=spec.compute_dtype,
+            device=plan.worker.device,
+        )
+        Merger(sources, device=plan.worker.device).into(model, recipe)
+        tokenizer_folder = Path(recipe.base.path)
+    else:
+        raise SpecError(f"{target} is neither a checkpoint folder nor a recipe file", remedy="Check the path.")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    place = Target(model, tokenizer, plan.worker.device)
+    plan.evaluator.prepare(place, plan.items)
+    ids = plan.item_ids(split)
+    try:
+        outcomes = plan.evaluator.evaluate(place, ids)
+        check_outcomes(outcomes, ids)
+    except CandidateError as error:
+        raise EvaluatorError(f"{target} could not be evaluated: {error}") from error
+    items = tuple(item for item in plan.items if item.split == split)
+    scores = task_scores(plan.evaluator, items, outcomes)
+    return Scores(split, items, tuple(outcomes), scores, objective(spec.objective, plan.tasks, scores), recipe)
+
+
+def compare(scores: Scores, store: Store) -> Comparison:
+    """Hold ``scores`` against the study's own evaluation of the same recipe on the same split.
+
+    Raises:
+        StudyError: the study has not evaluated that recipe on that split.
+    """
+    stored = None
+    for evaluation in store.evaluations(split=scores.split):
+        if scores.recipe is not None and evaluation.recipe_hash == scores.recipe.hash:
+            stored = store.evaluation(evaluation.key, with_outcomes=True)
+            break
+    if stored is None:
+        raise StudyError(
+            f"the study holds no evaluation of this recipe on {scores.split!r} to compare with",
+            remedy="Compare an export of one of the study's own trials, on a split it was evaluated on.",
+        )
+    was = {o.item_id: o for o in stored.outcomes or ()}
+    equal, largest = 0, 0.0
+    for outcome in scores.outcomes:
+        old = was.get(outcome.item_id)
+        if old is None:
+            continue
+        equal += dict(old.values) == dict(outcome.values)
+        largest = max([largest, *(abs(v - old.values.get(k, float("inf"))) for k, v in outcome.values.items())])
+    return Comparison(stored.key, len(scores.outcomes), equal, largest)
+
+
+def as_json(scores: Scores, comparison: Comparison | None) -> dict[str, Any]:
+    tasks = {item.id: item.task for item in scores.items}
+    data: dict[str, Any] = {
+        "split": scores.split,
+        "objective": scores.objective,
+        "tasks": scores.tasks,
+        "recipe": scores.recipe.hash if scores.recipe else None,
+        "items": [{"id": o.item_id, "task": tasks[o.item_id], **_values(o)} for o in scores.outcomes],
+    }
+    if comparison is not None:
+        data["compared_with"] = {
+            "evaluation": comparison.key,
+            "items": comparison.items,
+            "equal": comparison.equal,
+            "largest_difference": comparison.largest,
+        }
+    return data
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    return {"values": dict(outcome.values), "weight": outcome.weight}
+
+
+def lines(scores: Scores, comparison: Comparison | None) -> Sequence[str]:
+    """The result as text: a line a task, the objective, the comparison."""
+    counts = {task: sum(i.task == task for i in scores.items) for task in scores.tasks}
+    width = max(len(task) for task in [*scores.tasks, "objective"])
+    text = [f"{task:<{width}}  {value:.4f}  ({counts[task]} {scores.split} items)" for task, value in scores.tasks.items()]
+    text.append(f"{'objective':<{width}}  {scores.objective:.4f}")
+    if comparison is not None:
+        if comparison.identical:
+            text.append(f"identical to the study's {comparison.key} on all {comparison.items} items, bit for bit")
+        else:
+            text.append(
+                f"differs from the study's {comparison.key}: {comparison.equal} of {comparison.items} items equal, "
+                f"largest difference of a metric {comparison.largest:.2e}"
+            )
+    return text

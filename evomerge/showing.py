@@ -1,0 +1,224 @@
+"""What the commands print about plans, studies, trials and methods, as text."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from typing import Any
+
+import yaml
+
+from evomerge.errors import MethodError, StudyError, nearest
+from evomerge.launch import Options, storage_of
+from evomerge.leaderboard import choose_winner
+from evomerge.planning import Plan
+from evomerge.progress import clock, size
+from evomerge.recipe import Recipe
+from evomerge.spec import Spec
+from evomerge.store import Evaluation, Store
+from evomerge.study import opening_controls, sweep_values
+
+# A run ends with exit code 3 when more than this share of its trials failed, or when a control did.
+FAILED_SHARE = 0.1
+
+
+def resolve_subject(store: Store, name: str) -> tuple[str, Recipe]:
+    """The subject (``trial:17``, ``control:average``, ...) and recipe behind what a user typed.
+
+    Args:
+        name: ``best``, a trial's number, or a subject with or without its ``control:`` prefix.
+
+    Raises:
+        StudyError: the study has no such trial, or no winner yet.
+    """
+    if name == "best":
+        winner = choose_winner(store.evaluations(split="select"))
+        if winner is None:
+            raise StudyError(
+                "the study has no winner yet: its finish stage has not run",
+                remedy="Resume it, or name a trial, such as --trial 0.",
+            )
+        return winner.subject, Recipe.from_dict(winner.recipe)
+    if name.isdigit():
+        trials = store.trials()
+        if int(name) >= len(trials):
+            raise StudyError(f"there is no trial {name}; the study has {len(trials)} trials, numbered from 0")
+        return f"trial:{name}", Recipe.from_dict(trials[int(name)].recipe)
+    by_subject: dict[str, Evaluation] = {e.subject: e for e in store.evaluations()}
+    for subject in (name, f"control:{name}", f"control:expert:{name}"):
+        if subject in by_subject:
+            return subject, Recipe.from_dict(by_subject[subject].recipe)
+    shown = sorted(s.removeprefix("control:") for s in by_subject if not s.startswith("trial:"))
+    raise StudyError(f"there is no trial {name!r}", remedy=f"Give a trial's number, best, or: {', '.join(shown)}.")
+
+
+def card_of(store: Store, subject: str) -> dict[str, Any]:
+    """What a model card says of a trial: study, scores by split and task, item counts, libraries."""
+    record = store.record
+    scores = {e.split: e for e in store.evaluations() if e.subject == subject}
+    counts: dict[str, dict[str, int]] = {}
+    for item in store.items():
+        counts.setdefault(item.split or "", {}).setdefault(item.task, 0)
+        counts[item.split or ""][item.task] += 1
+    return {
+        "study": record["spec"]["name"],
+        "subject": subject,
+        "scores": {
+            split: {
+                "objective": e.objective,
+                "tasks": {t: {"score": s, "items": counts.get(split, {}).get(t, 0)} for t, s in e.scores.items()},
+            }
+            for split, e in scores.items()
+        },
+        "metrics": record["metrics"],
+        "compute_dtype": record["worker"]["compute_dtype"],
+        "libraries": record["libraries"],
+    }
+
+
+def show_trial(store: Store, name: str) -> str:
+    """One trial in full: state, scores by split, timing, attempts, failure with its traceback, recipe."""
+    subject, recipe = resolve_subject(store, name)
+    lines = [subject]
+    if subject.startswith("trial:"):
+        trial = store.trials()[int(subject.removeprefix("trial:"))]
+        lines.append(f"state     {trial.state}")
+        if trial.failure:
+            lines.append(f"failure   {trial.failure}")
+        lines += ["point", *(f"  {k:<24} {v:.6g}" for k, v in trial.point.items())]
+    for evaluation in store.evaluations():
+        if evaluation.subject != subject:
+            continue
+        lines.append(f"{evaluation.split:<9} objective {evaluation.objective:.4f}  on {evaluation.worker}")
+        lines += [f"  {task:<24} {score:.4f}" for task, score in evaluation.scores.items()]
+        if evaluation.seconds:
+            lines.append("  " + ", ".join(f"{k} {v:.2f} s" for k, v in evaluation.seconds.items()))
+    attempts = [a for a in store.attempts() if a.key.rpartition("/")[0] == subject and a.state != "started"]
+    for attempt in attempts:
+        note = f": {attempt.reason}" if attempt.reason else ""
+        lines.append(f"attempt {attempt.attempt} at {attempt.key.rpartition('/')[2]}: {attempt.state}{note}")
+        if attempt.detail:
+            lines.append(textwrap.indent(attempt.detail.rstrip(), "  | "))
+    lines += [f"recipe    {recipe.hash}", textwrap.indent(recipe.to_yaml().rstrip(), "  ")]
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan, options: Options) -> str:
+    """What ``run`` would do: sources, dimensions, items, evaluations, memory, disk."""
+    spec, space = plan.spec, plan.space
+    budget = int(options.budget) if options.budget and options.budget.isdigit() else spec.search.budget
+    controls = len(opening_controls(plan)) + 2
+    sweep, top = len(sweep_values(plan)), spec.evaluate.finish.top
+    sizes = plan.split_sizes()
+    base = plan.sources.base
+    assert base is not None
+    count = options.workers or spec.workers.count
+    resident = sum(base.numel(n) for n in base.names) * {"float32": 4, "float64": 8}.get(spec.compute_dtype, 2)
+    lines = [
+        f"study        {spec.name} in {storage_of(spec, options.storage)}",
+        f"base         {spec.base_path}  {size(base.total_bytes)}  sha256 {plan.template.base.sha256[:12]}"
+        if plan.template.base
+        else "",
+    ]
+    lines += [f"expert       {s.name}: {s.path}  sha256 {s.sha256[:12]}" for s in plan.template.experts]
+    lines.append(f"space        {space.method}, {len(space.dimensions)} dimensions")
+    lines += [f"  {d.name:<22} {d.low:g} to {d.high:g}, from {d.initial:g}" for d in space.dimensions[:12]]
+    if len(space.dimensions) > 12:
+        lines.append(f"  and {len(space.dimensions) - 12} more")
+    lines.append(f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}")
+    for split, by_task in sizes.items():
+        lines.append(f"{split:<12} {sum(by_task.values())} items: " + ", ".join(f"{t} {n}" for t, n in by_task.items()))
+    search, select, test = (sum(sizes[s].values()) for s in ("search", "select", "test"))
+    evaluations = budget + controls + sweep
+    total = evaluations * search + (controls + top + 1) * select + (controls + 1) * test
+    lines += [
+        f"evaluations  {budget} trials + {controls + sweep} controls on search, then up to {controls + top + 1} on select "
+        f"and {controls + 1} on test: {total} items in all",
+        f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
+        f"memory       about {size(resident)} a worker for the model ({spec.compute_dtype}); sources are memory-mapped",
+        f"disk         {size(shutil.disk_usage(spec.folder).free)} free; an export takes about {size(base.total_bytes)}",
+        "time         unknown until the first candidates have been evaluated; the progress line says how long is left",
+        "nothing was written",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def stopped_after(spec: Spec, options: Options, typed: str) -> str:
+    """The last words of an interrupted run: what happened and how to go on."""
+    url = storage_of(spec, options.storage)
+    summaries = {s["name"]: s for s in Store.names(url)}
+    if spec.name not in summaries:
+        return "Stopped before the study began; nothing was written."
+    summary = summaries[spec.name]
+    where = f" --storage {options.storage}" if options.storage and not typed.endswith((".yaml", ".yml")) else ""
+    return (
+        f"Stopped after {summary['complete'] + summary['failed']} of {summary['budget']} candidates.\n"
+        f"Resume with: evomerge resume {typed}{where}"
+    )
+
+
+def closing(store: Store, typed: str) -> str:
+    """The last words of a finished run: what to do next."""
+    spent = clock(sum(e.seconds.get("total", 0.0) for e in store.evaluations()))
+    return (
+        f"{spent} of evaluation in all. Next:\n"
+        f"  evomerge export {typed} --out merged     write the winner as a checkpoint\n"
+        f"  evomerge show {typed} best               its recipe and scores\n"
+        f"  evomerge resume {typed} --budget +100    search on"
+    )
+
+
+def needs_a_look(store: Store) -> bool:
+    """True if a control failed, or more than a tenth of the trials."""
+    trials = store.trials()
+    failed = sum(t.state == "fail" for t in trials)
+    lost_control = any(
+        a.key.startswith("control:") and a.state not in ("started", "complete", "lost") for a in store.attempts()
+    )
+    return lost_control or failed > FAILED_SHARE * max(1, len(trials))
+
+
+def show_methods() -> str:
+    """A line a method: name, what for, parameters."""
+    from evomerge.methods import METHODS
+
+    width = max(len(name) for name in METHODS)
+    lines = []
+    for name, method in METHODS.items():
+        params = ", ".join(f"{k}={_value(p.default)}" for k, p in method.params.items())
+        lines.append(f"{name:<{width}}  {method.summary}" + (f"  [{params}]" if params else ""))
+    return "\n".join(lines)
+
+
+def show_method(name: str) -> str:
+    """One method: summary, source, experts it takes, parameters with defaults and ranges.
+
+    Raises:
+        MethodError: there is no such method.
+    """
+    from evomerge.methods import METHODS
+
+    if name not in METHODS:
+        raise MethodError(f"there is no method {name!r}", remedy=nearest(name, METHODS))
+    method = METHODS[name]
+    fewest, most = method.num_experts
+    experts = f"{fewest} or more" if most is None else str(fewest) if most == fewest else f"{fewest} to {most}"
+    lines = [
+        f"{name}: {method.summary}",
+        f"source      {method.reference}",
+        f"experts     {experts}",
+        f"base        {'needed' if method.needs_base else 'not needed'}",
+        "weights     one an expert",
+    ]
+    for key, param in method.params.items():
+        lines.append(f"{key:<11} {param.type.__name__} {param.range_text()}, default {_value(param.default)}")
+        lines.append(textwrap.indent(textwrap.fill(param.meaning, 100), " " * 12))
+    return "\n".join(lines)
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "derived"
+    return yaml.safe_dump(value).partition("\n")[0]
+
+

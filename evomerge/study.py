@@ -1,0 +1,267 @@
+"""The study: controls, search, finish. The loop is ask, submit, collect, store, tell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from evomerge import searchers
+from evomerge.errors import EvomergeError, Interrupted, StudyError
+from evomerge.leaderboard import choose_winner
+from evomerge.planning import Plan
+from evomerge.progress import Progress
+from evomerge.recipe import Group, Recipe
+from evomerge.running import Done, Runner
+from evomerge.searchers.base import Searcher, Told
+from evomerge.store import Store, TrialRecord
+
+SWEEP = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+
+
+class NothingCompleted(EvomergeError):
+    """Not one candidate or not one control could be evaluated."""
+
+
+def uniform(plan: Plan, method: str, weight: float, **params) -> Recipe:
+    """A control: every expert gets the same ``weight`` everywhere."""
+    weights = (weight,) * len(plan.template.experts)
+    return replace(plan.template, method=method, params=params, groups=(Group(weights=weights),))
+
+
+def opening_controls(plan: Plan) -> dict[str, Recipe]:
+    """Subject -> recipe of the controls that need no choice: base, every expert, uniform average."""
+    experts = plan.template.experts
+    controls = {"control:base": uniform(plan, "task_arithmetic", 0.0)}
+    for t, expert in enumerate(experts):
+        alone = Group(weights=tuple(1.0 if i == t else 0.0 for i in range(len(experts))))
+        controls[f"control:expert:{expert.name}"] = replace(plan.template, groups=(alone,))
+    controls["control:average"] = uniform(plan, "linear", 1.0 / len(experts), normalize=True)
+    return controls
+
+
+def sweep_values(plan: Plan) -> tuple[float, ...]:
+    return tuple(plan.spec.evaluate.finish.sweep or SWEEP)
+
+
+class Study:
+    """One experiment being searched: the driver's side.
+
+    Args:
+        budget: how many trials the search may have in all.
+        seconds: stop proposing after this long (None: no limit).
+    """
+
+    def __init__(
+        self, plan: Plan, store: Store, runner: Runner, progress: Progress, *, budget: int, seconds: float | None = None
+    ):
+        self.plan, self.store, self.runner, self.progress = plan, store, runner, progress
+        self.budget = budget
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.asynchronous = plan.spec.search.schedule == "asynchronous"
+        self.searcher: Searcher = searchers.make(
+            plan.spec.search.method, plan.space, seed=plan.spec.seed, **plan.spec.search.options
+        )
+        self.trials: list[TrialRecord] = []
+        self.told = 0  # reproducible schedule: the first `told` trials have been told
+
+    def run(self) -> None:
+        """Controls on search, the search itself, then finish; picks up wherever the store says it stopped.
+
+        Raises:
+            Interrupted: stopped from outside; the study can be resumed.
+        """
+        self.controls()
+        self.search()
+        self.finish()
+
+    # --- the search ------------------------------------------------------------------------------------------------
+
+    def search(self) -> None:
+        """Propose, evaluate and tell until the budget is spent."""
+        waiting = self.replay()
+        best = self._best_note()
+        finished = sum(t.state != "running" for t in self.trials)
+        with self.progress.stage("search", self.budget) as stage:
+            stage.update(finished, best)
+            while True:
+                while self.runner.has_room() and (waiting or self.may_ask()):
+                    trial = waiting.pop(0) if waiting else self.ask()
+                    self.runner.submit(f"trial:{trial.n}", "search", Recipe.from_dict(trial.recipe))
+                if not self.runner.running and (self.runner.stop.level or not (waiting or self.may_ask())):
+                    break
+                for done in self.runner.wait():
+                    self.record(done)
+                    stage.advance(1, self._best_note())
+        self._stop_if_asked()
+        if self.budget and not any(t.state == "complete" for t in self.trials):
+            reasons = "; ".join(sorted({str(t.failure) for t in self.trials})[:3])
+            raise NothingCompleted(f"all {len(self.trials)} candidates failed: {reasons}")
+
+    def may_ask(self) -> bool:
+        n = len(self.trials)
+        if n >= self.budget or (self.deadline is not None and time.monotonic() > self.deadline):
+            return False
+        if self.asynchronous:
+            return True
+        need = self.searcher.needs(n)
+        return all(t.state != "running" for t in self.trials[self.told : need])
+
+    def ask(self) -> TrialRecord:
+        """Tell what trial n must know, propose it, and store it before it runs."""
+        n = len(self.trials)
+        if not self.asynchronous:
+            self._tell_first(self.searcher.needs(n))
+        point = self.searcher.ask(n)
+        recipe = self.plan.space.decode(point)
+        if self.asynchronous:
+            self.store.log_event("ask", n)
+        self.store.add_trial(n, point, recipe.to_dict(), recipe.hash)
+        self.trials.append(TrialRecord.running(n, point, recipe.to_dict(), recipe.hash))
+        return self.trials[n]
+
+    def record(self, done: Done) -> None:
+        """A trial has ended: store it, and on the asynchronous schedule tell it at once."""
+        n = int(done.key.removeprefix("trial:").partition("/")[0])
+        state = "fail" if done.failure else "complete"
+        reason = f"{done.failure.kind}: {done.failure.reason}" if done.failure else None
+        self.store.finish_trial(n, state, done.objective, reason)
+        self.trials[n] = replace(self.trials[n], state=state, score=done.objective, failure=reason)
+        if self.asynchronous:
+            self.store.log_event("tell", n)
+            self.searcher.tell(self._told(n))
+
+    def replay(self) -> list[TrialRecord]:
+        """Bring a new searcher to where the stored study was; returns the trials that were running then."""
+        self.trials = self.store.trials()
+        if [t.n for t in self.trials] != list(range(len(self.trials))):
+            raise StudyError(f"the store of study {self.plan.spec.name!r} has gaps in its trial numbers")
+        if self.asynchronous:
+            self._replay_log()
+        else:
+            for trial in self.trials:
+                self._tell_first(self.searcher.needs(trial.n))
+                self.searcher.replay(trial.n, dict(trial.point))
+        return [t for t in self.trials if t.state == "running"]
+
+    def _replay_log(self) -> None:
+        """Asynchronous schedule: repeat asks and tells in the order in which they happened."""
+        told = set()
+        for kind, n in self.store.events():
+            if n >= len(self.trials):
+                continue  # asked, but the driver died before the trial was stored: it will be asked again
+            if kind == "ask":
+                self.searcher.replay(n, dict(self.trials[n].point))
+            else:
+                told.add(n)
+                self.searcher.tell(self._told(n))
+        for trial in self.trials:  # finished, but the driver died before telling
+            if trial.state != "running" and trial.n not in told:
+                self.store.log_event("tell", trial.n)
+                self.searcher.tell(self._told(trial.n))
+
+    def _tell_first(self, count: int) -> None:
+        while self.told < count:
+            self.searcher.tell(self._told(self.told))
+            self.told += 1
+
+    def _told(self, n: int) -> Told:
+        trial = self.trials[n]
+        return Told(n, dict(trial.point), trial.state, trial.score)  # type: ignore[arg-type]
+
+    # --- controls and finish ---------------------------------------------------------------------------------------
+
+    def controls(self) -> None:
+        """The controls and the sweep of the single lambda on `search`; not counted in the budget."""
+        wanted = opening_controls(self.plan)
+        wanted |= {f"sweep:{w:g}": uniform(self.plan, "task_arithmetic", w) for w in sweep_values(self.plan)}
+        self._evaluate("controls on search", "search", wanted)
+        if not any(self.runner.stored(s, "search") for s in wanted):
+            failure = self.runner.failure("control:base", "search")
+            raise NothingCompleted(f"not even the base could be evaluated: {failure.reason if failure else 'unknown'}")
+        self._evaluate("controls on search", "search", self.chosen_controls())
+
+    def chosen_controls(self) -> dict[str, Recipe]:
+        """Task arithmetic at the lambda that is best on `search`, and random vectors at that lambda."""
+        scored = [
+            (evaluation.objective, -w)
+            for w in sweep_values(self.plan)
+            if (evaluation := self.runner.stored(f"sweep:{w:g}", "search")) is not None
+        ]
+        best = -max(scored)[1] if scored else sweep_values(self.plan)[0]
+        return {
+            "control:task_arithmetic": uniform(self.plan, "task_arithmetic", best),
+            "control:random": uniform(self.plan, "random_vectors", best),
+        }
+
+    def finish(self) -> None:
+        """Controls and the best k on `select`; the winner of that and the controls once on `test`."""
+        controls = opening_controls(self.plan) | self.chosen_controls()
+        finalists = self.finalists()
+        self._evaluate("best candidates on search", "search", finalists)
+        self._evaluate("controls and best on select", "select", controls | finalists)
+        winner = choose_winner(self.store.evaluations(split="select"))
+        if winner is None:
+            raise NothingCompleted("no candidate could be evaluated on the select items")
+        self._evaluate("winner and controls on test", "test", controls | {winner.subject: Recipe.from_dict(winner.recipe)})
+        rounds = list(self.store.record.get("rounds", []))
+        if not rounds or rounds[-1]["trials"] != len(self.trials) or rounds[-1]["winner"] != winner.subject:
+            rounds.append({"trials": len(self.trials), "winner": winner.subject, "time": time.time()})
+            self.store.update_record(rounds=rounds)
+
+    def finalists(self) -> dict[str, Recipe]:
+        """The best k trials by search score, distinct recipes, and the point that the searcher itself recommends."""
+        complete = sorted((t for t in self.trials if t.state == "complete"), key=lambda t: (-(t.score or 0.0), t.n))
+        chosen: dict[str, Recipe] = {}
+        seen = set()
+        for trial in complete:
+            if trial.recipe_hash not in seen and len(chosen) < self.plan.spec.evaluate.finish.top:
+                seen.add(trial.recipe_hash)
+                chosen[f"trial:{trial.n}"] = Recipe.from_dict(trial.recipe)
+        # Nothing is asked after this, so the searcher may now know all; a later round replays it from the store.
+        if not self.asynchronous:
+            self._tell_first(len(self.trials))
+        point = self.searcher.recommend()
+        if point is not None:
+            recipe = self.plan.space.decode(point)
+            if recipe.hash not in seen:
+                chosen[f"recommended:{len(self.trials)}"] = recipe
+        return chosen
+
+    def _evaluate(self, title: str, split: str, wanted: dict[str, Recipe]) -> None:
+        """Evaluate each recipe on ``split`` unless that is stored; failures are logged and leave a gap."""
+        todo = [(s, r) for s, r in wanted.items() if not self.runner.stored(s, split) and not self.runner.failure(s, split)]
+        if not todo:
+            return
+        queue: Iterator[tuple[str, Recipe]] = iter(todo)
+        left = len(todo)
+        with self.progress.stage(title, len(todo)) as stage:
+            stage.update(0)
+            while True:
+                while left and self.runner.has_room():
+                    subject, recipe = next(queue)
+                    left -= 1
+                    self.runner.submit(subject, split, recipe)
+                if not self.runner.running and (self.runner.stop.level or not left):
+                    break
+                for done in self.runner.wait():
+                    score = "failed" if done.objective is None else f"{done.objective:.3f}"
+                    stage.advance(1, f"{done.key.rpartition('/')[0]} {score}")
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.runner.stop.level:
+            raise Interrupted(self.runner.stop.reason)
+
+    def _best_note(self) -> str:
+        complete = [t for t in self.trials if t.state == "complete" and t.score is not None]
+        failed = sum(t.state == "fail" for t in self.trials)
+        note = ""
+        if complete:
+            best = max(complete, key=lambda t: (t.score, -t.n))
+            note = f"best {best.score:.3f} (trial {best.n})"
+        controls = [e for s in [*opening_controls(self.plan), *self.chosen_controls()] if (e := self.runner.stored(s, "search"))]
+        if controls:
+            top = max(controls, key=lambda e: e.objective)
+            note += f", best control {top.objective:.3f} ({top.subject.removeprefix('control:')})"
+        return note + (f", {failed} failed" if failed else "")
