@@ -1,0 +1,204 @@
+"""Real processes for the whole-way tests: the command line, its workers, and what they leave in the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# Scores a text by log-likelihood, as tiny.EVALUATOR does. Each call writes the worker's pid to calls.txt, by which a
+# test sees how far a search is and whom to kill, and takes a time that depends on the weights alone: with several
+# workers, candidates finish in another order than they were proposed in.
+SLOW_EVALUATOR = """
+import os
+import time
+import zlib
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+PAUSE = {pause}  # seconds, at most
+
+
+def items():
+    words = ["alpha", "bravo", "carol", "delta", "eager", "fable", "gamma", "hotel"]
+    return [{{"task": "one", "text": f"{{a}} {{b}}"}} for a in words for b in words]
+
+
+def score(model, tokenizer, items):
+    with open(HERE / "calls.txt", "a") as calls:
+        calls.write(f"{{os.getpid()}}\\n")
+    weights = b"".join(p.detach().float().sum().numpy().tobytes() for p in model.parameters())
+    time.sleep(PAUSE * (zlib.crc32(weights) % 101) / 100)
+    scores = []
+    for item in items:
+        ids = torch.tensor([tokenizer(item["text"])["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].float()
+        scores.append(torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None]).mean().item())
+    return scores
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that has ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+def start(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
+    """`evomerge ARGUMENTS` in a process group of its own, as a shell would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "evomerge.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str], *, seconds: float = 180) -> Run:
+    """Wait for ``process``; one that does not end is killed, and the test fails with what it said."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        out, err = process.communicate(timeout=30)
+        raise AssertionError(f"did not end within {seconds} s: {process.args}\n{out}\n{err}") from None
+    return Run(process.returncode, out, err)
+
+
+def evomerge(
+    *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 180, **env: str
+) -> Run:
+    """Run `evomerge ARGUMENTS` and expect ``code`` (None: any)."""
+    run = end(start(*arguments, cwd=cwd, **env), seconds=seconds)
+    if code is not None:
+        assert run.code == code, f"exit code {run.code} instead of {code}\n{run.text}"
+    return run
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 a process and all that it started."""
+    try:
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def wait_for(what: Callable[[], object], *, seconds: float = 60, every: float = 0.01, why: str = "") -> None:
+    """Poll until ``what()`` is true."""
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"waited {seconds} s in vain: {why or what}"
+        time.sleep(every)
+
+
+def calls(folder: Path) -> list[int]:
+    """The pids of the workers that evaluated something, one an evaluation, in order (SLOW_EVALUATOR)."""
+    path = folder / "calls.txt"
+    return [int(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def store(experiment: Path, name: str = "tiny"):
+    """The study's store, opened for reading."""
+    from evomerge.store import Store
+
+    return Store.open(f"sqlite:///{experiment.parent / 'evomerge.db'}", name)
+
+
+def candidates(experiment: Path, name: str = "tiny") -> list[tuple]:
+    """(number, state, point, recipe hash, score) of every trial, and the outcomes of every item: bit for bit."""
+    opened = store(experiment, name)
+    outcomes = {
+        e.key: (e.recipe_hash, [(o.item_id, sorted(o.values.items())) for o in e.outcomes], e.objective)
+        for e in opened.evaluations(with_outcomes=True)
+    }
+    return [
+        *((t.n, t.state, sorted(t.point.items()), t.recipe_hash, t.score) for t in opened.trials()),
+        *sorted(outcomes.items()),
+    ]
+
+
+def files(folder: Path) -> set[str]:
+    """Every file and folder below ``folder``, but Python's own caches."""
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*")}
+    return {name for name in found if "__pycache__" not in name}
+
+
+def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """What a terminal (Ctrl-C) or a scheduler sends: to the driver alone. Workers must not die of it."""
+    os.kill(process.pid, number)
+
+
+def send_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """What Ctrl-C in a terminal really does: the whole process group of the foreground gets it."""
+    os.killpg(process.pid, number)
+
+
+def json_of(run: Run):
+    return json.loads(run.out)
+
+
+def finished_trials(experiment: Path) -> int:
+    """How many trials have ended, read beside a running driver."""
+    path = experiment.parent / "evomerge.db"
+    if not path.exists():
+        return 0
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as connection:
+        try:
+            return connection.execute("select count(*) from trials where state != 'RUNNING'").fetchone()[0]
+        except sqlite3.OperationalError:
+            return 0
+
+
+def slow_experiment(write: Callable[..., Path], *, pause: float, method: str = "cma", seed: int = 0, **keys) -> Path:
+    """An experiment of 30 candidates on SLOW_EVALUATOR, with few items and a short closing stage."""
+    options: dict = {"population": 6} if method == "cma" else {}
+    settings = {
+        "search": {"method": method, "budget": 30, **options},
+        "evaluate": {
+            "with": "my_eval.py@score",
+            "tasks": {"one": {}},
+            "split": {"search": 4, "select": 4, "test": 4},
+            "finish": {"top": 2},
+        },
+        "seed": seed,
+        **keys,
+    }
+    path = write(**settings)
+    (path.parent / "my_eval.py").write_text(SLOW_EVALUATOR.format(pause=pause))
+    return path
+
+
+Arguments = Sequence[str | Path]
