@@ -19,8 +19,8 @@ KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 class TensorInfo:
     """Which tensor, or which flat slice of it, a method is looking at.
 
-    ``shape`` is the whole tensor's; ``start`` is the flat (row-major) offset of the first entry that was handed over, so
-    that a method with random draws or per-tensor state gives the same numbers for a slice as for the whole.
+    ``shape`` is the whole tensor's; ``start`` is the flat (row-major) offset of the first entry that was handed over,
+    so that a method with random draws or per-tensor state gives the same numbers for a slice as for the whole.
     """
 
     name: str
@@ -52,18 +52,22 @@ class Method(Protocol):
     """The arithmetic that combines tensors. No modules, no files, no global random state; inputs are never changed.
 
     Attributes:
+        name: its key in METHODS.
         params: the method's own parameters (``weights`` is not among them: every method has one weight an expert).
+        weight: default, legal range and meaning of one expert's weight.
         summary: one line for ``evomerge methods``.
         reference: paper, section and equation.
         needs_base: False if the method works without a base.
         num_experts: how many experts it takes, as (fewest, most or None).
         factors: takes LoRA experts as LowRank; the others receive them dense.
-        chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set). What needs the whole
-            tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
+        chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set), where ``chunked_with``
+            agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
     """
 
+    name: str
     params: Mapping[str, Param]
+    weight: Param
     summary: str
     reference: str
     needs_base: bool
@@ -74,6 +78,14 @@ class Method(Protocol):
 
     def is_linear(self, **params: Any) -> bool:
         """True if the merged tensor is affine in the weights for these parameters."""
+        ...
+
+    def chunked_with(self, state: State | None, **params: Any) -> bool:
+        """True if ``merge`` may be called on flat slices with this state and these parameters.
+
+        If False, ``prepare`` on the one tensor (it is its own source) may give the state that is missing; otherwise
+        ``merge`` needs the whole tensor. ``methods.chunks.merge_chunks`` does all this.
+        """
         ...
 
     def prepare(self, sources: SourceIterable, statistics: Any = None, **fixed: Any) -> State | None:

@@ -1,0 +1,122 @@
+"""Merge methods: pure functions on tensors, one family a file, all of them in the table METHODS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import CheckpointError, MethodError, nearest
+from evomerge.methods.arithmetic import check_experts, check_weights
+from evomerge.methods.base import Method, TensorInfo, check_params
+from evomerge.methods.basic import Linear, TaskArithmetic
+from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.control import RandomVectors
+from evomerge.methods.sparse import DareLinear, DareTies, Ties
+from evomerge.methods.spherical import Slerp
+
+_ALL: tuple[Method, ...] = (
+    Linear(),
+    TaskArithmetic(),
+    Ties(),
+    DareLinear(),
+    DareTies(),
+    Slerp(),
+    RandomVectors(),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+
+
+@torch.no_grad()
+def merge_state_dicts(
+    method: str,
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    statistics: Any = None,
+    dtype: torch.dtype | None = None,
+    **params: Any,
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory.
+
+    Args:
+        method: a name in METHODS.
+        base: theta_0 by tensor name; None for methods that need no base.
+        experts: T mappings with the base's names and shapes. A tensor that *is* the base's has no task vector.
+        weights: one an expert; by default each is the method's own (0.3 for task_arithmetic, 1 for ties, ...).
+        seed: of the methods' random draws.
+        statistics: one mapping an expert, keyed by tensor name, for the methods that use data.
+        dtype: of the merged tensors. By default the base's storage dtype (without a base, the first expert's), to which
+            each tensor is rounded once; the arithmetic itself is in the wider of float32 and the storage dtypes.
+        params: the method's own parameters (``METHODS[method].params``).
+
+    Returns:
+        The merged tensors in fresh memory, in the order of the base's names. What is not floating point (counters,
+        token ids) is copied from the base.
+
+    Raises:
+        MethodError: an unknown method, an illegal parameter or weight, a number of experts the method does not take.
+        CheckpointError: an expert lacks a tensor, has one too many, or has one of another shape.
+    """
+    if method not in METHODS:
+        raise MethodError(f"there is no method {method!r}", remedy=nearest(method, METHODS))
+    merger = METHODS[method]
+    check_experts(merger, base is not None, len(experts))
+    values = check_params(method, merger, params)
+    chosen = check_weights(merger, [merger.weight.default] * len(experts) if weights is None else weights, len(experts))
+    first = experts[0] if base is None else base
+    for t, expert in enumerate(experts):
+        _check_same_tensors(first, expert, f"expert {t}")
+    sources = _Sources(first, base, experts)
+    state = merger.prepare(sources, statistics, **values)
+    merged: dict[str, Tensor] = {}
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            merged[name] = tensor.clone()
+            continue
+        out = merged[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+        info, theta_0, thetas = sources.load(name)
+        flat = out.view(-1)
+        for start, piece in merge_chunks(
+            merger, theta_0, thetas, weights=chosen, info=info, state=state, seed=seed, params=values
+        ):
+            flat[start : start + piece.numel()].copy_(piece)
+    return merged
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The floating-point tensors of state dicts, as ``Method.prepare`` reads them: again and again."""
+
+    first: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] | None
+    experts: Sequence[Mapping[str, Tensor]]
+
+    def load(self, name: str) -> tuple[TensorInfo, Tensor | None, list[Tensor]]:
+        info = TensorInfo(name, shape=tuple(self.first[name].shape))
+        return info, None if self.base is None else self.base[name], [expert[name] for expert in self.experts]
+
+    def __iter__(self):
+        return (self.load(name) for name, tensor in self.first.items() if tensor.is_floating_point())
+
+
+def _check_same_tensors(first: Mapping[str, Tensor], expert: Mapping[str, Tensor], who: str) -> None:
+    for name, tensor in first.items():
+        if name not in expert:
+            raise CheckpointError(f"{who} lacks the tensor {name}", remedy="All experts must be tuned from one base.")
+        if expert[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the tensor {name} must have one shape everywhere, but has {tuple(expert[name].shape)} in {who} "
+                f"instead of {tuple(tensor.shape)}",
+                remedy="All experts must be tuned from one base.",
+            )
+    for name in expert:
+        if name not in first:
+            raise CheckpointError(f"{who} has a tensor {name} that the others lack", remedy="Leave it out or add it.")

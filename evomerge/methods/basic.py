@@ -1,0 +1,111 @@
+"""Weighted sums: of the experts themselves, or of their task vectors around the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, final
+
+from torch import Tensor
+
+from evomerge.errors import MethodError
+from evomerge.methods.arithmetic import (
+    SCALE,
+    TASK_WEIGHT,
+    MethodDefaults,
+    add_to_base,
+    check_call,
+    task_vectors,
+    weighted_sum,
+)
+from evomerge.methods.base import State, TensorInfo, arithmetic_dtype
+from evomerge.params import Param
+
+
+@final
+class Linear(MethodDefaults):
+    """sum_t w_t theta_t, divided by sum_t w_t if ``normalize``. One weight at 1 gives that expert's very numbers."""
+
+    name = "linear"
+    summary = "weighted mean of the experts (uniform weights: the average, a model soup)"
+    reference = "Wortsman et al. 2022, Model soups, arXiv:2203.05482, section 2 (uniform soup)"
+    params: Mapping[str, Param] = MappingProxyType({"normalize": Param(bool, True, "divide by the sum of the weights")})
+    weight = Param(float, 1.0, "what multiplies this expert; any sign, 0 leaves the expert out")
+    needs_base = False
+    keeps_base = False  # weights that do not sum to 1 scale the base too, if not normalised
+
+    def is_linear(self, **params: Any) -> bool:
+        return not params.get("normalize", self.params["normalize"].default)
+
+    def merge(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Tensor:
+        """Also raises MethodError if ``normalize`` is asked for and the weights sum to zero."""
+        normalize = check_call(self, base, experts, weights, params)["normalize"]
+        divisor = 1.0
+        if normalize:
+            divisor = math.fsum(weights)
+            if abs(divisor) <= 1e-12 * math.fsum(map(abs, weights)):
+                raise MethodError(
+                    f"method linear with normalize divides by the sum of the weights, but {list(weights)} sum to zero",
+                    remedy="Keep the weights positive, or set normalize: false.",
+                )
+        # Experts that are one object (all untouched by their adapters) count once: their mean is then exactly it.
+        shares: dict[int, list[float]] = {}
+        for expert, weight in zip(experts, weights, strict=True):
+            shares.setdefault(id(expert), []).append(weight)
+        coefficients = {key: math.fsum(share) / divisor for key, share in shares.items()}
+        dtype = arithmetic_dtype(base, *experts)
+        distinct = {id(expert): expert for expert in experts}
+        total: Tensor | None = None
+        for key, expert in distinct.items():
+            if coefficients[key] == 0:
+                continue
+            if total is None:
+                total = expert.to(dtype, copy=True)
+                if coefficients[key] != 1:
+                    total.mul_(coefficients[key])
+            else:
+                total.add_(expert, alpha=coefficients[key])
+        return experts[0].to(dtype, copy=True).zero_() if total is None else total
+
+
+@final
+class TaskArithmetic(MethodDefaults):
+    """theta_0 + scale sum_t w_t tau_t. The paper's lambda is the weight; a negative one forgets a task."""
+
+    name = "task_arithmetic"
+    summary = "the base plus a weighted sum of task vectors"
+    reference = "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089, section 2"
+    params: Mapping[str, Param] = MappingProxyType({"scale": SCALE})
+    weight = TASK_WEIGHT
+
+    def is_linear(self, **params: Any) -> bool:
+        return True
+
+    def merge(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Tensor:
+        scale = check_call(self, base, experts, weights, params)["scale"]
+        assert base is not None
+        dtype = arithmetic_dtype(base, *experts)
+        scaled = [scale * weight for weight in weights]
+        tau = weighted_sum((weight, vector) for _, weight, vector in task_vectors(base, experts, scaled, dtype))
+        return add_to_base(base, tau, dtype)

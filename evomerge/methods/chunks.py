@@ -1,0 +1,62 @@
+"""A tensor merged piece by piece, each small enough to stay in the processor's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from evomerge.methods.base import Method, State, TensorInfo
+from evomerge.methods.random import BLOCK
+
+CHUNK = 2 * BLOCK  # entries a piece: 512 KiB of float32, so that a few of them fit into a core's cache
+
+
+def merge_chunks(
+    method: Method,
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    info: TensorInfo,
+    state: State | None = None,
+    seed: int = 0,
+    params: Mapping[str, Any],
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, piece): the merged tensor as flat pieces in row-major order, in the arithmetic dtype.
+
+    The grid is a function of the tensor's shape alone. Where ``state`` does not hold what ``params`` ask for (a
+    density that varies from candidate to candidate), it is computed from this tensor first; where slices cannot do at
+    all, the one piece is the whole tensor.
+
+    Args:
+        base: theta_0, or None for methods that need none. Any shape and strides.
+        experts: T tensors of the base's shape; one that *is* ``base`` has no task vector here.
+        info: ``shape`` is the tensor's.
+        params: all parameters of the method, as ``check_params`` returns them.
+
+    Raises:
+        MethodError: the call breaks a rule of the method.
+    """
+    if not method.chunked_with(state, **params):
+        state = method.prepare([(info, base, experts)], **params)
+    tensors = [*experts] if base is None else [base, *experts]
+    if not method.chunked_with(state, **params):
+        merged = method.merge(base, experts, weights=weights, info=info, state=state, seed=seed, **params)
+        yield 0, merged.reshape(-1)
+        return
+    flat = {id(tensor): tensor.reshape(-1) for tensor in tensors}  # by identity: an expert that is the base stays it
+    for start in range(0, tensors[0].numel(), CHUNK):
+        part = {key: tensor[start : start + CHUNK] for key, tensor in flat.items()}
+        piece = method.merge(
+            None if base is None else part[id(base)],
+            [part[id(expert)] for expert in experts],
+            weights=weights,
+            info=replace(info, start=start),
+            state=state,
+            seed=seed,
+            **params,
+        )
+        yield start, piece

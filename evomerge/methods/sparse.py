@@ -1,0 +1,341 @@
+"""Task vectors thinned out before they are merged: by magnitude (TIES) or at random (DARE)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import MethodError
+from evomerge.methods.arithmetic import (
+    SCALE,
+    TASK_WEIGHT,
+    MethodDefaults,
+    add_to_base,
+    check_call,
+    is_slice,
+    task_vectors,
+    weighted_sum,
+)
+from evomerge.methods.base import SourceIterable, State, TensorInfo, arithmetic_dtype
+from evomerge.methods.chunks import CHUNK
+from evomerge.methods.random import uniform
+from evomerge.methods.selection import magnitude_thresholds
+from evomerge.params import Param
+
+MODE = Param(
+    str,
+    "mean",
+    "mean: divide by the number of experts that agree with the elected sign; sum: by nothing",
+    choices=("mean", "sum"),
+)
+NORMALIZE = Param(bool, False, "divide by the sum of the weights that agree with the elected sign, instead of by mode")
+RESCALE = Param(
+    str,
+    "density",
+    "density: divide what is kept by density (keeps the expectation); l1: restore the L1 norm of the task vector, "
+    "tensor by tensor",
+    choices=("density", "l1"),
+)
+
+
+def elect_and_merge(vectors: Iterable[tuple[float, Tensor]], *, mode: str, normalize: bool) -> Tensor | None:
+    """TIES' second and third step: elect a sign for every entry, then merge the entries that agree with it.
+
+    The sign of an entry is that of its weighted sum (zero counts as +). Sums of the positive and of the negative parts
+    are all that is kept, so memory does not grow with T.
+
+    Args:
+        vectors: (w_t, trimmed tau_t); the memory of tau_t is reused.
+        mode: ``mean`` divides by the number of entries that agree, ``sum`` by nothing.
+        normalize: divide by the sum of their weights instead. (Below 1e-8 in magnitude it counts as 1.)
+
+    Returns:
+        The merged task vector, or None if there are no vectors.
+    """
+    positive = negative = positive_share = negative_share = None
+    count = normalize or mode == "mean"
+    for weight, vector in vectors:
+        scaled = vector.mul_(weight)
+        if positive is None or negative is None:
+            positive, negative = scaled.clamp(min=0), scaled.clamp(max=0)
+            if count:
+                positive_share, negative_share = torch.zeros_like(positive), torch.zeros_like(positive)
+        else:
+            positive.add_(scaled.clamp(min=0))
+            negative.add_(scaled.clamp(max=0))
+        if positive_share is not None and negative_share is not None:
+            share = weight if normalize else 1
+            positive_share.add_(scaled > 0, alpha=share)
+            negative_share.add_(scaled < 0, alpha=share)
+    if positive is None or negative is None:
+        return None
+    plus = positive + negative >= 0
+    merged = torch.where(plus, positive, negative)
+    if positive_share is None or negative_share is None:
+        return merged
+    divisor = torch.where(plus, positive_share, negative_share)
+    return merged.div_(divisor.masked_fill_(divisor.abs() < 1e-8, 1))  # where nothing agrees, the sum is zero anyway
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The smallest magnitude that each expert's task vector keeps.
+
+    ``of`` has one list (one number an expert) for each tensor name, or the only one under "" for scope model.
+    """
+
+    density: float
+    scope: str
+    of: Mapping[str, Sequence[float]]
+
+    def for_tensor(self, name: str) -> Sequence[float]:
+        key = "" if self.scope == "model" else name
+        if key not in self.of:
+            raise MethodError(f"method ties was prepared without the tensor {name}")
+        return self.of[key]
+
+
+@final
+class Ties(MethodDefaults):
+    """Trim each task vector to its largest entries, elect a sign for every entry, merge the entries that agree.
+
+    Kept are ``round(density * n)`` entries of an expert's task vector, at least one, and all that equal the smallest
+    of them in magnitude. ``scope`` says what n is: the tensor, or (the paper) the whole model, where tensors in which
+    the expert is the base count with their zeros. The weights multiply the trimmed task vectors before the election.
+    """
+
+    name = "ties"
+    summary = "keep each task vector's largest entries, elect signs, merge the entries that agree"
+    reference = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708, section 4 and algorithm 1"
+    params: Mapping[str, Param] = MappingProxyType(
+        {
+            "density": Param(float, 0.2, "share of each task vector's entries that is kept", 0, 1, low_open=True),
+            "mode": MODE,
+            "normalize": NORMALIZE,
+            "scale": SCALE,
+            "scope": Param(
+                str,
+                "tensor",
+                "where the largest entries are looked for: in each tensor, or in the whole model (the paper)",
+                choices=("tensor", "model"),
+            ),
+        }
+    )
+
+    def chunked_with(self, state: State | None, **params: Any) -> bool:
+        """Raises MethodError for scope model without its thresholds in ``state``: one tensor cannot give them."""
+        density, scope = self._trimming(params)
+        if density == 1 or (isinstance(state, Thresholds) and (state.density, state.scope) == (density, scope)):
+            return True
+        if scope == "model":
+            raise MethodError(
+                f"method ties with scope model and density {density} was not prepared over the whole model",
+                remedy="Fix density (it cannot vary with scope: model), or use scope: tensor.",
+            )
+        return False
+
+    def prepare(self, sources: SourceIterable, statistics: Any = None, **fixed: Any) -> Thresholds | None:
+        """The thresholds, if ``density`` is fixed. Two passes over the sources for scope model in float32."""
+        density, scope = self._trimming(fixed)
+        if density == 1:
+            return None
+        if "density" not in fixed:
+            if scope == "model":
+                raise MethodError(
+                    "method ties with scope model needs one density for all candidates, but it varies",
+                    remedy="Fix density, or use scope: tensor.",
+                )
+            return None
+        if scope == "tensor":
+            return Thresholds(density, scope, {s[0].name: self._of_tensor(*s, density) for s in sources})
+        count = max((len(experts) for _, _, experts in sources), default=0)
+
+        def stream() -> Iterator[tuple[int, Tensor]]:
+            for _, base, experts in sources:
+                yield from _magnitudes(base, experts, zeros=True)
+
+        return Thresholds(density, scope, {"": magnitude_thresholds(stream, count, density)})
+
+    def merge(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Tensor:
+        """Without ``state`` the thresholds come from the tensor itself, which then must be whole.
+
+        Raises:
+            MethodError: a slice, or scope model, without the thresholds in ``state``; or the call breaks a rule.
+        """
+        values = check_call(self, base, experts, weights, params)
+        assert base is not None
+        if values["density"] == 1:
+            thresholds: Sequence[float] = [0.0] * len(experts)
+        elif self.chunked_with(state, **values):
+            assert state is not None
+            thresholds = state.for_tensor(info.name)
+        elif is_slice(info, base):
+            raise MethodError(
+                f"method ties got a slice of {info.name} without the thresholds for density {values['density']}",
+                remedy="Hand over the whole tensor, or the state that prepare gives for it.",
+            )
+        else:
+            thresholds = self._of_tensor(info, base, experts, values["density"])
+        dtype = arithmetic_dtype(base, *experts)
+        trimmed = (
+            # "not below" instead of "at least": a NaN stays in sight
+            (weight, tau.masked_fill_(tau.abs() < thresholds[t], 0))
+            for t, weight, tau in task_vectors(base, experts, weights, dtype)
+        )
+        merged = elect_and_merge(trimmed, mode=values["mode"], normalize=values["normalize"])
+        return add_to_base(base, merged, dtype, scale=values["scale"])
+
+    def _trimming(self, params: Mapping[str, Any]) -> tuple[float, str]:
+        density, scope = (params.get(key, self.params[key].default) for key in ("density", "scope"))
+        return density, scope
+
+    @staticmethod
+    def _of_tensor(info: TensorInfo, base: Tensor | None, experts: Sequence[Tensor], density: float) -> list[float]:
+        return magnitude_thresholds(lambda: _magnitudes(base, experts), len(experts), density)
+
+
+def _magnitudes(base: Tensor | None, experts: Sequence[Tensor], zeros: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """(t, |tau_t|) in flat pieces. An expert that is the base gives nothing, or its zeros if ``zeros``."""
+    assert base is not None
+    dtype = arithmetic_dtype(base, *experts)
+    flat = base.reshape(-1)
+    flats = [None if expert is base else expert.reshape(-1) for expert in experts]
+    for start in range(0, flat.numel(), CHUNK):
+        theta_0 = flat[start : start + CHUNK].to(dtype)
+        for t, expert in enumerate(flats):
+            if expert is not None:
+                yield t, torch.sub(expert[start : start + CHUNK], theta_0).abs_()
+            elif zeros:
+                yield t, torch.zeros_like(theta_0)
+
+
+class _Dare(MethodDefaults):
+    """Drop and rescale: the part that DARE's two methods share."""
+
+    reference = "Yu et al. 2024, Language models are super Mario (DARE), arXiv:2311.03099, section 3.2, equation 1"
+
+    def chunked_with(self, state: State | None, **params: Any) -> bool:
+        """False for rescale l1: the L1 norm of what a seed keeps needs the whole tensor."""
+        density, rescale = (params.get(key, self.params[key].default) for key in ("density", "rescale"))
+        return rescale == "density" or density == 1
+
+    def _dropped(
+        self,
+        vectors: Iterable[tuple[int, float, Tensor]],
+        *,
+        info: TensorInfo,
+        seed: int,
+        density: float,
+        rescale: str,
+    ) -> Iterator[tuple[float, Tensor]]:
+        """(w_t, tau_t with each entry kept with probability ``density``, the kept ones rescaled)."""
+        for t, weight, tau in vectors:
+            if density == 1:
+                yield weight, tau
+                continue
+            if rescale == "l1" and is_slice(info, tau):
+                raise MethodError(
+                    f"method {self.name} with rescale l1 got a slice of {info.name}, but norms need the whole tensor",
+                    remedy="Hand over the whole tensor, or use rescale: density.",
+                )
+            norm = float(tau.abs().sum(dtype=torch.float64)) if rescale == "l1" else 0.0
+            keep = uniform(seed, info.name, t, info.start, tau.numel()) < density
+            tau.mul_(keep.to(tau.device).view(tau.shape))
+            if rescale == "density":
+                yield weight, tau.div_(density)
+            else:
+                kept = float(tau.abs().sum(dtype=torch.float64))
+                yield weight, tau.mul_(norm / kept if kept else 1.0)
+
+
+DARE_DENSITY = Param(float, 0.5, "probability with which an entry of a task vector is kept", 0, 1, low_open=True)
+
+
+@final
+class DareLinear(_Dare):
+    """Task arithmetic on task vectors whose entries were dropped at random and rescaled."""
+
+    name = "dare_linear"
+    summary = "drop entries of the task vectors at random, rescale the rest, then task arithmetic"
+    params: Mapping[str, Param] = MappingProxyType({"density": DARE_DENSITY, "rescale": RESCALE, "scale": SCALE})
+    weight = TASK_WEIGHT
+
+    def is_linear(self, **params: Any) -> bool:
+        return True
+
+    def merge(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Tensor:
+        values = check_call(self, base, experts, weights, params)
+        assert base is not None
+        dtype = arithmetic_dtype(base, *experts)
+        scaled = [values["scale"] * weight for weight in weights]
+        dropped = self._dropped(
+            task_vectors(base, experts, scaled, dtype),
+            info=info,
+            seed=seed,
+            density=values["density"],
+            rescale=values["rescale"],
+        )
+        return add_to_base(base, weighted_sum(dropped), dtype)
+
+
+@final
+class DareTies(_Dare):
+    """TIES' sign election and merging, with DARE's random drop in the place of the trimming.
+
+    (DARE's authors also run TIES whole, with its trimming, on task vectors that DARE has thinned out.)
+    """
+
+    name = "dare_ties"
+    summary = "drop entries of the task vectors at random, rescale the rest, then elect signs as ties does"
+    params: Mapping[str, Param] = MappingProxyType(
+        {"density": DARE_DENSITY, "mode": MODE, "normalize": NORMALIZE, "rescale": RESCALE, "scale": SCALE}
+    )
+
+    def merge(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Tensor:
+        values = check_call(self, base, experts, weights, params)
+        assert base is not None
+        dtype = arithmetic_dtype(base, *experts)
+        dropped = self._dropped(
+            task_vectors(base, experts, weights, dtype),
+            info=info,
+            seed=seed,
+            density=values["density"],
+            rescale=values["rescale"],
+        )
+        merged = elect_and_merge(dropped, mode=values["mode"], normalize=values["normalize"])
+        return add_to_base(base, merged, dtype, scale=values["scale"])
