@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from evomerge.errors import MethodError, SpecError, StudyError, nearest
+from evomerge.params import Param
 
 if TYPE_CHECKING:
-    from evomerge.params import Param
     from evomerge.space import Space
 
 Point = dict[str, float]  # dimension name -> value, in the space's own units
@@ -24,23 +28,75 @@ class Told:
     score: float | None
 
 
+def keyed_generator(seed: int, *key: int) -> np.random.Generator:
+    """A private generator that depends on (seed, key) alone: never on what was drawn before, nor on global state."""
+    return np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=key))
+
+
+def uniform_point(space: Space, generator: np.random.Generator) -> Point:
+    """A point drawn uniformly from the box of ``space``."""
+    draws = generator.random(len(space.dimensions))
+    return {
+        d.name: min(d.low + float(u) * (d.high - d.low), d.high) for d, u in zip(space.dimensions, draws, strict=True)
+    }
+
+
+def check_options(name: str, params: Mapping[str, Param], options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of searcher ``name`` with defaults filled in.
+
+    Raises:
+        SpecError: an unknown option (with the nearest right one) or an illegal value (with the legal range).
+    """
+    for key in options:
+        if key not in params:
+            raise SpecError(
+                f"searcher {name} has no option {key!r}",
+                remedy=nearest(key, params) if params else f"{name} has no options.",
+            )
+    try:
+        return {k: p.check(k, options.get(k, p.default), f"searcher {name}") for k, p in params.items()}
+    except MethodError as error:
+        raise SpecError(error.problem, remedy=error.remedy) from error
+
+
+class SearcherDrift(StudyError):
+    """Replaying a stored study gave another point than the study holds, so it cannot be continued exactly."""
+
+    def __init__(self, n: int, again: Point, stored: Point):
+        name = next((k for k in stored if again.get(k) != stored[k]), "?")
+        super().__init__(
+            f"replaying proposal {n} gave {name}={again.get(name)!r}, but the study holds {stored.get(name)!r}",
+            remedy="The searcher's libraries, its options or the seed differ from those the study was made with: use "
+            "the same versions, or start a new study under another name.",
+        )
+
+
 class Searcher(ABC):
     """Proposes points and learns from scores. Its state is a function of (seed, the asks and tells so far).
 
     Args:
         space: the dimensions that may move.
         seed: all random draws derive from it; no global random state is used.
-        options: values for ``params``; checked there.
+        options: values for ``params``; checked here, and in ``self.options`` with defaults filled in.
+
+    Raises:
+        SpecError: an option is unknown or outside its legal range.
     """
 
-    params: Mapping[str, Param] = {}
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""  # one line for the docs and the schema
+    params: ClassVar[Mapping[str, Param]] = {}
 
     def __init__(self, space: Space, *, seed: int = 0, **options: Any):
         self.space, self.seed = space, seed
+        self.options = check_options(self.name or type(self).__name__, self.params, options)
 
     @abstractmethod
     def needs(self, n: int) -> int:
-        """How many of the first trials must be told before trial ``n`` is proposed (reproducible schedule)."""
+        """How many of the first trials must be told before trial ``n`` is proposed (reproducible schedule).
+
+        Asked for the next proposal. Never depends on the number of workers.
+        """
 
     @abstractmethod
     def ask(self, n: int) -> Point:
@@ -54,7 +110,7 @@ class Searcher(ABC):
         """On resume: proposal ``n`` was ``point``. The default asks again, which must give the same point."""
         again = self.ask(n)
         if again != point:
-            raise RuntimeError(f"replaying proposal {n} gave {again}, but the study holds {point}")
+            raise SearcherDrift(n, again, point)
 
     def recommend(self) -> Point | None:
         """A point the searcher believes in beyond any it proposed (such as a distribution's mean), or None."""

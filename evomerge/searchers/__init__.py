@@ -1,0 +1,30 @@
+"""Searchers behind ask and tell, one a file, and the table of them. Importing this imports neither optuna nor pycma."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import SpecError, nearest
+from evomerge.searchers.base import Point, Searcher, Told
+from evomerge.searchers.cma import CMASearcher
+from evomerge.searchers.random import RandomSearcher
+from evomerge.searchers.tpe import TPESearcher
+
+if TYPE_CHECKING:
+    from evomerge.space import Space
+
+__all__ = ["SEARCHERS", "Point", "Searcher", "Told", "make"]
+
+SEARCHERS: Mapping[str, type[Searcher]] = {s.name: s for s in (CMASearcher, TPESearcher, RandomSearcher)}
+
+
+def make(name: str, space: Space, seed: int = 0, **options: Any) -> Searcher:
+    """The searcher called ``name`` on ``space``.
+
+    Raises:
+        SpecError: no such searcher, an unknown option, or a value outside its legal range.
+    """
+    if name not in SEARCHERS:
+        raise SpecError(f"there is no searcher {name!r}", remedy=nearest(name, SEARCHERS))
+    return SEARCHERS[name](space, seed=seed, **options)
