@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import hashlib
+import inspect
+import json
+import math
+import numbers
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
-SPLITS = ("search", "select", "test")
+from evomerge.errors import CandidateError, EvaluatorError, nearest
+from evomerge.plugins import code_files, explain, hash_files, load_module, run_user_code
+from evomerge.splits import SPLITS, assign_splits
+
+__all__ = [
+    "SPLITS",
+    "Evaluator",
+    "EvaluatorContext",
+    "FunctionEvaluator",
+    "Item",
+    "Outcome",
+    "Target",
+    "TaskSpec",
+    "assign_splits",
+    "check_outcomes",
+    "load_evaluator",
+    "objective",
+    "task_scores",
+]
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of an experiment file: its weight in the objective, its metric (None: the evaluator's first), options."""
+    """One task of an experiment file. ``metric=None`` is the evaluator's default; ``options`` are the evaluator's own."""
 
     name: str
     weight: float = 1.0
@@ -79,9 +106,14 @@ class Evaluator:
         """All items of all tasks, in the driver and again in each worker, without a model. ``split`` is not set yet."""
         raise NotImplementedError
 
+    def check(self, items: Sequence[Item]) -> None:
+        """In the driver, once the splits are set: refuse (EvaluatorError) what could not be evaluated, before any model
+        is loaded. ``items`` are the study's, all of them."""
+
     def prepare(self, target: Target, items: Sequence[Item]) -> None:
-        """Once a worker: tokenise and lay out batches. A batch never mixes splits, and the layout is a function of
-        the items alone, so that an item's outcome does not depend on which others are asked for."""
+        """Once a worker: tokenise and lay out batches. ``items`` are the study's, all of them, with their splits. A
+        batch never mixes splits, and the layout is a function of the items alone, so that an item's outcome does not
+        depend on which others are asked for."""
 
     def evaluate(self, target: Target, item_ids: Sequence[str]) -> list[Outcome]:
         """One outcome for each id, in the order of ``item_ids``."""
@@ -90,8 +122,8 @@ class Evaluator:
     def aggregate(self, task: str, outcomes: Sequence[Outcome]) -> float:
         """The task's score: the weighted mean of its metric, higher is better."""
         metric = self.metric(task)
-        total = sum(o.weight for o in outcomes)
-        return sum(o.values[metric] * o.weight for o in outcomes) / total
+        total = math.fsum(o.weight for o in outcomes)
+        return math.fsum(o.values[metric] * o.weight for o in outcomes) / total
 
     def metric(self, task: str) -> str:
         """The metric that counts for ``task``: the experiment's choice, or this evaluator's default."""
@@ -106,5 +138,232 @@ class Evaluator:
         return True
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of every file (code, YAML, data) that the outcomes depend on, by a name a user would recognise."""
-        return {}
+        """Hashes of every file (code, YAML, data) that the outcomes depend on, by a name a user would recognise.
+
+        The default is the file of the evaluator's class and the files beside it that it imports.
+        """
+        return self.hash_files(code_files(Path(inspect.getfile(type(self)))))
+
+    def hash_files(self, files: Iterable[Path]) -> dict[str, str]:
+        """SHA-256 of each file by its path below the experiment's folder, or by its own and its folder's name."""
+        return hash_files(files, self.context.folder)
+
+
+class FunctionEvaluator(Evaluator):
+    """A plain function as an evaluator: ``my_eval.py@score``.
+
+    The file holds ``score(model, tokenizer, items) -> list[float]``, one finite number an item, higher is better, and
+    ``items() -> list[dict]``. An item is plain JSON data with a ``task`` and, if wanted, a ``text`` (what duplicates
+    are found by; else all of its data), an ``id`` (else the hash of its data) and a ``split`` (the data's own). ``score``
+    is always called with whole batches of one task and split, in an order that depends on nothing but the study's
+    items. A module-level ``auto_class = "AutoModel"`` names another transformers class to load the model with.
+    """
+
+    def __init__(self, context: EvaluatorContext, module: ModuleType, name: str):
+        super().__init__(context)
+        self._path, self._name = Path(str(module.__file__)), name
+        self._score: Callable[..., Any] = getattr(module, name)
+        self._items: Callable[[], Any] | None = getattr(module, "items", None)
+        self.auto_class = getattr(module, "auto_class", type(self).auto_class)
+        self._batches: list[list[Item]] = []
+        if not callable(self._items):
+            raise EvaluatorError(
+                f"{name} has no items() beside it",
+                where=str(self._path),
+                remedy="Define items() -> list[dict] in the same file; each dict needs a 'task'.",
+            )
+        if context.options:
+            key = next(iter(context.options))
+            raise EvaluatorError(f"{name} is a function and takes no option {key!r}", where=f"evaluate.{key}")
+        for task in context.tasks.values():
+            where = f"evaluate.tasks.{task.name}"
+            if task.options:
+                raise EvaluatorError(
+                    f"{name} is a function and takes no task option {next(iter(task.options))!r}", where=where
+                )
+            if task.metric not in (None, "score"):
+                raise EvaluatorError(
+                    f"{name} gives one metric, 'score', but the task asks for {task.metric!r}", where=where
+                )
+
+    def load(self) -> list[Item]:
+        assert self._items is not None
+        given = run_user_code(self._items, self._path)
+        if not isinstance(given, list | tuple):
+            raise EvaluatorError(
+                f"items() must give a list of dicts, but gave {type(given).__name__}", where=str(self._path)
+            )
+        items = [self._item(n, data) for n, data in enumerate(given)]
+        have = Counter(item.task for item in items)
+        for task in self.context.tasks:
+            if not have[task]:
+                raise EvaluatorError(
+                    f"items() has none of task {task!r}", where=str(self._path), remedy=nearest(task, have)
+                )
+        items = [item for item in items if item.task in self.context.tasks]
+        twice = [i for i, count in Counter(item.id for item in items if "id" in item.data).items() if count > 1]
+        if twice:
+            raise EvaluatorError(
+                f"items() gives the id {twice[0]!r} more than once",
+                where=str(self._path),
+                remedy="Make ids unique a task.",
+            )
+        return list({item.id: item for item in items}.values())
+
+    def _item(self, n: int, data: Any) -> Item:
+        where = f"{self._path}: items()[{n}]"
+        if not isinstance(data, dict) or not isinstance(data.get("task"), str):
+            raise EvaluatorError(f"an item must be a dict with a 'task' name, but is {data!r:.200}", where=where)
+        try:
+            payload = json.dumps(data, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise EvaluatorError(f"an item must be plain JSON data: {error}", where=where) from None
+        text = data.get("text", payload)
+        identity = f"{data['task']}:{data['id']}" if "id" in data else hashlib.sha256(payload.encode()).hexdigest()
+        return Item(identity, data["task"], str(text), data, own_split=data.get("split"))
+
+    def prepare(self, target: Target, items: Sequence[Item]) -> None:
+        groups: dict[tuple[str, str], list[Item]] = defaultdict(list)
+        for item in sorted(items, key=lambda item: item.id):
+            groups[item.task, item.split or ""].append(item)
+        size = self.context.batch_size
+        self._batches = [group[i : i + size] for _, group in sorted(groups.items()) for i in range(0, len(group), size)]
+
+    def evaluate(self, target: Target, item_ids: Sequence[str]) -> list[Outcome]:
+        wanted, values = set(item_ids), {}
+        for batch in self._batches:
+            if any(item.id in wanted for item in batch):
+                values.update(zip((item.id for item in batch), self._score_batch(target, batch), strict=True))
+        return [Outcome(i, {"score": values[i]}) for i in item_ids]
+
+    def _score_batch(self, target: Target, batch: Sequence[Item]) -> list[float]:
+        copies = [copy.deepcopy(dict(item.data)) for item in batch]
+        try:
+            scores = self._score(target.model, target.tokenizer, copies)
+        except (CandidateError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; the worker knows what to do about memory
+                raise
+            raise CandidateError("error", explain(error, self._path), traceback.format_exc()) from error
+        try:
+            scores = list(scores)
+        except TypeError:
+            raise CandidateError("incomplete", f"{self._name} gave {scores!r:.80}, not a list of numbers") from None
+        if len(scores) != len(batch):
+            raise CandidateError("incomplete", f"{self._name} gave {len(scores)} values for {len(batch)} items")
+        values = []
+        for item, score in zip(batch, scores, strict=True):
+            if score is None:
+                raise CandidateError("incomplete", f"{self._name} gave None for item {item.id}")
+            try:
+                values.append(float(score))
+            except (TypeError, ValueError):
+                raise CandidateError(
+                    "error", f"{self._name} gave {score!r:.80} for item {item.id}, not a number"
+                ) from None
+            if not math.isfinite(values[-1]):
+                raise CandidateError("nan", f"{self._name} gave {values[-1]} for item {item.id}")
+        return values
+
+    def fingerprint(self) -> dict[str, str]:
+        items = sorted(json.dumps([item.id, dict(item.data)], sort_keys=True) for item in self.load())
+        files = self.hash_files(code_files(self._path))
+        return {**files, f"items of {self._path.name}": hashlib.sha256("\n".join(items).encode()).hexdigest()}
+
+
+def load_evaluator(path_at_name: str, context: EvaluatorContext) -> Evaluator:
+    """The evaluator that ``file.py`` (its one Evaluator class) or ``file.py@name`` (that class or function) names.
+
+    A relative path starts at ``context.folder``. The file is run as a module of its own, under a private name, with its
+    folder importable while it runs.
+
+    Raises:
+        EvaluatorError: there is no such file or name, it cannot be run, or it is not one evaluator.
+    """
+    file, at, name = path_at_name.rpartition("@")
+    if not at:
+        file, name = name, ""
+    path = (context.folder / file).resolve()
+    module = load_module(path)
+    here = {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    classes = {k: v for k, v in here.items() if isinstance(v, type) and issubclass(v, Evaluator)}
+    if not name:
+        if len(classes) != 1:
+            functions = sorted(k for k, v in here.items() if inspect.isfunction(v) and k != "items")
+            hint = f" or a function ({', '.join(functions)})" if functions else ""
+            raise EvaluatorError(
+                f"a file named without @ must define exactly one Evaluator, but defines {len(classes)}",
+                where=str(path),
+                remedy=f"Name a class{hint} of it: {path.name}@NAME." if here else None,
+            )
+        return run_user_code(lambda: next(iter(classes.values()))(context), path)
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, Evaluator):
+        return run_user_code(lambda: found(context), path)
+    if isinstance(found, type) or not callable(found):
+        kind = "is not there" if found is None else "is neither a function nor an Evaluator class"
+        names = [k for k, v in here.items() if callable(v) and not k.startswith("_")]
+        raise EvaluatorError(f"{name!r} {kind}", where=str(path), remedy=nearest(name, names) if names else None)
+    return FunctionEvaluator(context, module, name)
+
+
+def check_outcomes(outcomes: Sequence[Outcome], item_ids: Sequence[str]) -> None:
+    """One outcome for each id, in order, with finite values.
+
+    Raises:
+        CandidateError: kind ``incomplete`` (too few or many, out of order, None) or ``nan`` (NaN, inf).
+    """
+    if len(outcomes) != len(item_ids):
+        raise CandidateError("incomplete", f"the evaluator gave {len(outcomes)} outcomes for {len(item_ids)} items")
+    for outcome, item_id in zip(outcomes, item_ids, strict=True):
+        if not isinstance(outcome, Outcome):
+            raise CandidateError("incomplete", f"the evaluator gave {outcome!r:.80} for item {item_id}")
+        if outcome.item_id != item_id:
+            raise CandidateError(
+                "incomplete", f"the evaluator gave item {outcome.item_id} where {item_id} was asked for"
+            )
+        if not outcome.values:
+            raise CandidateError("incomplete", f"the evaluator gave no value for item {item_id}")
+        for metric, value in {**outcome.values, "weight": outcome.weight}.items():
+            if value is None:
+                raise CandidateError("incomplete", f"{metric} of item {item_id} is None")
+            if not isinstance(value, numbers.Real):
+                raise CandidateError("error", f"{metric} of item {item_id} is {value!r:.80}, not a number")
+            if not math.isfinite(value):
+                raise CandidateError("nan", f"{metric} of item {item_id} is {value}")
+
+
+def task_scores(evaluator: Evaluator, items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Each task's score over those of its ``items`` that have an outcome, in the order of the experiment's tasks.
+
+    Raises:
+        CandidateError: a score is not finite (kind ``nan``).
+    """
+    task_of = {item.id: item.task for item in items}
+    groups: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[task_of[outcome.item_id]].append(outcome)
+    scores = {task: float(evaluator.aggregate(task, groups[task])) for task in evaluator.context.tasks if groups[task]}
+    for task, score in scores.items():
+        if not math.isfinite(score):
+            raise CandidateError("nan", f"the score of task {task} is {score}")
+    return scores
+
+
+def objective(spec_objective: str, tasks: Mapping[str, TaskSpec], scores: Mapping[str, float]) -> float:
+    """What a searcher maximises: ``mean``, weighted by the tasks' weights, or ``min`` over tasks of positive weight.
+
+    Raises:
+        EvaluatorError: the objective is unknown, or no task has a positive weight.
+    """
+    weighted = {name: task.weight for name, task in tasks.items() if task.weight > 0}
+    if not weighted:
+        raise EvaluatorError("at least one task needs a weight above 0", where="evaluate.tasks")
+    if spec_objective == "min":
+        return min(scores[name] for name in weighted)
+    if spec_objective == "mean":
+        return math.fsum(scores[name] * weight for name, weight in weighted.items()) / math.fsum(weighted.values())
+    raise EvaluatorError(
+        f"there is no objective {spec_objective!r}", where="objective", remedy=nearest(spec_objective, ("mean", "min"))
+    )

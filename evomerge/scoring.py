@@ -1,0 +1,348 @@
+"""Token scoring and greedy generation for causal language models: the engine under the evaluators.
+
+A question is one context and its continuations. A batch runs its contexts once, left-padded, and scores every
+continuation on top of their key/value cache; a continuation of one token needs no second pass at all. Which questions
+share a batch is a function of their sizes and ids alone (``batch_layout``), and whoever asks for some of them runs the
+whole batches that hold them (``covering``): so a result never depends on what else was asked for.
+
+Tokenisation and truncation follow lm-evaluation-harness (``lm_eval.models.huggingface.HFLM``, 0.4.13): spaces at the
+end of a context move to its continuation, and what is too long is cut from the left.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import CandidateError, EvaluatorError
+
+LOGIT_BUDGET = 2**26  # logits held at a time: 256 MiB in float32
+CACHE_SLOTS = 2**15  # key/value slots (rows x tokens) that copies of the context's cache may fill
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context and its continuations, as token ids. No sequence is empty."""
+
+    context: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """How many tokens its widest row holds: what batches are sorted by."""
+        return len(self.context) + (len(self.continuations[0]) - 1 if len(self.continuations) == 1 else 0)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One continuation: its natural-log likelihood given the context, and whether greedy decoding would give it."""
+
+    loglikelihood: float
+    is_greedy: bool
+
+
+def batch_layout(sizes: Mapping[str, int], batch_size: int) -> tuple[tuple[str, ...], ...]:
+    """Which keys run together: sorted by size (longest first, so that memory runs out early or never), ties by key."""
+    keys = sorted(sizes, key=lambda key: (-sizes[key], key))
+    return tuple(tuple(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size))
+
+
+def covering(layout: Iterable[Sequence[str]], wanted: Collection[str]) -> list[Sequence[str]]:
+    """The whole batches that hold at least one of ``wanted``, in layout order."""
+    return [batch for batch in layout if any(key in wanted for key in batch)]
+
+
+# Tokens
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What an empty context is replaced by: the tokenizer's BOS, or its EOS."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def max_length(model: Any, tokenizer: Any) -> int:
+    """The model's context length in tokens, by its config, else its tokenizer, else 2048."""
+    config = getattr(model.config, "text_config", None) or model.config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (value := getattr(config, name, None)) is not None:
+            return int(value)
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 10**9 else 2048
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids with the tokenizer's own special tokens, unless ``text`` already starts with the prefix token."""
+    if text.startswith(tokenizer.decode(prefix_token(tokenizer))):
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text)
+
+
+def encode_pair(
+    tokenizer: Any, context: str, continuation: str, length: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a context and its continuation, cut from the left to ``length`` inputs.
+
+    Raises:
+        EvaluatorError: the continuation is empty or alone longer than ``length`` tokens.
+    """
+    if context == "":
+        right = tokenizer.encode(continuation, add_special_tokens=False)
+        left = [prefix_token(tokenizer)]
+        if right[:1] == left:
+            right = right[1:]
+    else:
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            continuation = context[-spaces:] + continuation
+            context = context[:-spaces]
+        left = encode(tokenizer, context) if context else [prefix_token(tokenizer)]
+        right = (
+            encode(tokenizer, context + continuation)[len(left) :]
+            if context
+            else tokenizer.encode(continuation, add_special_tokens=False)
+        )
+    if not right:
+        raise EvaluatorError(f"the continuation {continuation!r} of {context[-40:]!r} has no tokens of its own")
+    if len(right) > length:
+        raise EvaluatorError(
+            f"the continuation {continuation[:40]!r}... has {len(right)} tokens, more than the model's {length}"
+        )
+    left = left[max(0, len(left) + len(right) - (length + 1)) :]
+    return tuple(left), tuple(right)
+
+
+def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Disjoint (context, continuation) windows that together predict every one of ``tokens`` once.
+
+    Each window has ``length`` inputs at most; the first is conditioned on ``prefix``, later ones on as much of the
+    text before them as fits (``lm_eval.utils.get_rolling_token_windows`` with a context of one token).
+    """
+    windows = []
+    for start in range(0, len(tokens), length):
+        stop = min(start + length, len(tokens))
+        if start == 0:
+            windows.append(((prefix,), tuple(tokens[:stop])))
+        else:
+            windows.append((tuple(tokens[stop - length - 1 : start]), tuple(tokens[start:stop])))
+    return windows
+
+
+# The model
+
+
+@functools.lru_cache(maxsize=16)
+def _accepted(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def _keeps_plain_cache(model: Any) -> bool:
+    """True if all that the model remembers of a context is keys and values by position, which rows can share."""
+    if "past_key_values" not in _accepted(type(model).forward) or getattr(model, "_is_stateful", False):
+        return False
+    config = model.config.get_text_config()
+    return set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+
+
+def _left_pad(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """ids: (rows, longest), mask: (rows, longest), 1 where there is a token."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _logits(model: Any, ids: Tensor, mask: Tensor, *, cache: Any, keep: int) -> Tensor:
+    """Logits (rows, keep, vocabulary) of the last ``keep`` positions of ``ids`` (rows, new tokens).
+
+    ``mask`` (rows, cached + new tokens) covers what is in ``cache`` too. The head is applied to kept positions only,
+    where the architecture can: with a vocabulary of 49,152 it costs as much as a quarter of a 135M-parameter model.
+    """
+    accepted = _accepted(type(model).forward)
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+    if "position_ids" in accepted:
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+    if cache is not None:
+        arguments["past_key_values"] = cache
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = keep
+    return model(**arguments).logits[:, -keep:]
+
+
+def _new_cache(model: Any) -> Any:
+    """A cache that keeps every position. One made from the config would drop what leaves a sliding window, and with it
+    what left-padded rows still need; the mask keeps the window."""
+    from transformers import DynamicCache
+
+    return DynamicCache() if _keeps_plain_cache(model) else None
+
+
+def _cache_rows(cache: Any, rows: Tensor) -> Any:
+    """A copy of ``cache`` with its rows picked (and repeated) by ``rows``."""
+    copy = type(cache)()
+    for i, layer in enumerate(cache.layers):
+        copy.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
+    return copy
+
+
+def _token_scores(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+    """Log-probability and greediness of ``targets`` (n,) under ``logits`` (n, vocabulary), in float32."""
+    logits = logits.float()
+    chosen = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    return chosen.tolist(), (logits.argmax(1) == targets).tolist()
+
+
+def _rows_at_a_time(logits_a_row: int, slots_a_row: int = 0, least: int = 1) -> int:
+    fit = max(1, LOGIT_BUDGET // logits_a_row)
+    return min(fit, max(least, CACHE_SLOTS // slots_a_row)) if slots_a_row else fit
+
+
+# Log-likelihood
+
+
+@torch.no_grad()
+def loglikelihoods(model: Any, batch: Sequence[Question]) -> list[list[Scored]]:
+    """The continuations of each question in ``batch``, scored; one batch of a layout, run as it stands.
+
+    Questions with one continuation run as whole sequences; the others run their context once and share its cache.
+    Bit-for-bit repeatable for the same batch on the same device with the same number of threads.
+
+    Raises:
+        CandidateError: a log-likelihood is not finite (kind ``nan``).
+    """
+    results: dict[int, list[Scored]] = {}
+    plain = _keeps_plain_cache(model)
+    alone = [i for i, q in enumerate(batch) if len(q.continuations) == 1 or not plain]
+    shared = [i for i, q in enumerate(batch) if len(q.continuations) > 1 and plain]
+    if alone:
+        pairs = [(batch[i].context, continuation) for i in alone for continuation in batch[i].continuations]
+        scored = iter(_score_whole(model, pairs))
+        for i in alone:
+            results[i] = [next(scored) for _ in batch[i].continuations]
+    if shared:
+        for i, scores in zip(shared, _score_shared(model, [batch[i] for i in shared]), strict=True):
+            results[i] = scores
+    for scores in results.values():
+        for score in scores:
+            if not math.isfinite(score.loglikelihood):
+                raise CandidateError("nan", f"the model's log-likelihood of a continuation is {score.loglikelihood}")
+    return [results[i] for i in range(len(batch))]
+
+
+def _score_whole(model: Any, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
+    """Each (context, continuation) pair as one row of its own."""
+    results: list[Scored] = []
+    keep = max(len(right) for _, right in pairs)
+    step = _rows_at_a_time(keep * model.config.get_text_config().vocab_size)
+    for start in range(0, len(pairs), step):
+        part = pairs[start : start + step]
+        keep = max(len(right) for _, right in part)
+        ids, mask = _left_pad([left + right[:-1] for left, right in part], model.device)
+        logits = _logits(model, ids, mask, cache=None, keep=keep)
+        for row, (_, right) in enumerate(part):
+            values, greedy = _token_scores(logits[row, -len(right) :], torch.tensor(right, device=logits.device))
+            results.append(Scored(math.fsum(values), all(greedy)))
+    return results
+
+
+def _score_shared(model: Any, batch: Sequence[Question]) -> list[list[Scored]]:
+    """Contexts once; then, on their cache, every distinct continuation without its last token."""
+    ids, mask = _left_pad([q.context for q in batch], model.device)
+    cache = _new_cache(model)
+    logits = _logits(model, ids, mask, cache=cache, keep=1)[:, 0].float()
+    first = [(q, c) for q in range(len(batch)) for c in batch[q].continuations]
+    rows = torch.tensor([q for q, _ in first], device=logits.device)
+    targets = torch.tensor([c[0] for _, c in first], device=logits.device)
+    values = (logits[rows, targets] - logits.logsumexp(1)[rows]).tolist()
+    greedy = (logits.argmax(1)[rows] == targets).tolist()
+    sums = {key: [value] for key, value in zip(first, values, strict=True)}
+    best = dict(zip(first, greedy, strict=True))
+
+    tails: dict[tuple[int, tuple[int, ...]], list[tuple[int, ...]]] = {}  # row of the second pass -> continuations
+    for q, continuation in sums:
+        if len(continuation) > 1:
+            tails.setdefault((q, continuation[:-1]), []).append(continuation)
+    todo = sorted(tails, key=lambda key: (-len(key[1]), key[0], key[1]))
+    while todo:
+        width = len(todo[0][1])
+        step = _rows_at_a_time(width * logits.shape[1], mask.shape[1] + width, least=len(batch))
+        part, todo = todo[:step], todo[step:]
+        for (q, prefix), tail_logits in zip(part, _tail_logits(model, cache, mask, part), strict=True):
+            for continuation in tails[q, prefix]:
+                target = torch.tensor(continuation[1:], device=logits.device)
+                values, greedy = _token_scores(tail_logits[: len(target)], target)
+                sums[q, continuation] += values
+                best[q, continuation] &= all(greedy)
+    return [[Scored(math.fsum(sums[i, c]), best[i, c]) for c in q.continuations] for i, q in enumerate(batch)]
+
+
+def _tail_logits(model: Any, cache: Any, mask: Tensor, part: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
+    """Logits (rows, width, vocabulary) after each token of each (question, tokens) row, on copies of the cache.
+
+    Rows are padded on the right, where no token that counts can see the padding.
+    """
+    width = len(part[0][1])
+    rows = torch.tensor([q for q, _ in part], device=mask.device)
+    ids = torch.tensor([list(tokens) + [0] * (width - len(tokens)) for _, tokens in part], device=mask.device)
+    return _logits(
+        model, ids, torch.cat([mask[rows], torch.ones_like(ids)], 1), cache=_cache_rows(cache, rows), keep=width
+    )
+
+
+# Generation
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], *, max_tokens: int, stop: Sequence[str] = ()
+) -> list[str]:
+    """Greedy continuations of ``contexts`` (token ids) as text, each cut before its first stop string.
+
+    A row ends at an end-of-text token, at a stop string or after ``max_tokens``; the batch ends with its last row.
+    The model's generation_config is used for its end-of-text tokens only: no sampling, no penalties.
+
+    Raises:
+        CandidateError: the logits are not finite (kind ``nan``).
+    """
+    ends = _end_tokens(model, tokenizer)
+    stop = [text for text in stop if text]
+    tail = max((len(text) for text in stop), default=0) + 8  # tokens that can hold a stop string, and some to spare
+    new: list[list[int]] = [[] for _ in contexts]
+    running = [True] * len(contexts)
+    ids, mask = _left_pad(contexts, model.device)
+    cache = _new_cache(model)
+    feed = ids
+    for _ in range(max_tokens):
+        values, tokens = _logits(model, feed, mask, cache=cache, keep=1)[:, 0].max(1)
+        for row, (value, token) in enumerate(zip(values.tolist(), tokens.tolist(), strict=True)):
+            if not running[row]:
+                continue
+            if not math.isfinite(value):
+                raise CandidateError("nan", f"the model's largest logit while generating is {value}")
+            new[row].append(token)
+            ended = token in ends
+            if not ended and stop:
+                written = tokenizer.decode(new[row][-tail:], skip_special_tokens=True)
+                ended = any(text in written for text in stop)
+            running[row] = not ended
+        if not any(running):
+            break
+        mask = torch.cat([mask, torch.ones_like(tokens)[:, None]], 1)
+        ids = torch.cat([ids, tokens[:, None]], 1)
+        feed = ids if cache is None else tokens[:, None]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+    for text in stop:
+        texts = [written.split(text)[0] for written in texts]
+    return texts
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = set(configured) if isinstance(configured, list | tuple) else {configured}
+    return {int(token) for token in ends | {tokenizer.eos_token_id} if token is not None}
