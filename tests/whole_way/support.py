@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,18 +169,6 @@ def json_of(run: Run):
     return json.loads(run.out)
 
 
-def finished_trials(experiment: Path) -> int:
-    """How many trials have ended, read beside a running driver."""
-    path = experiment.parent / "evomerge.db"
-    if not path.exists():
-        return 0
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as connection:
-        try:
-            return connection.execute("select count(*) from trials where state != 'RUNNING'").fetchone()[0]
-        except sqlite3.OperationalError:
-            return 0
-
-
 def slow_experiment(write: Callable[..., Path], *, pause: float, method: str = "cma", seed: int = 0, **keys) -> Path:
     """An experiment of 30 candidates on SLOW_EVALUATOR, with few items and a short closing stage."""
     options: dict = {"population": 6} if method == "cma" else {}
@@ -199,6 +186,3 @@ def slow_experiment(write: Callable[..., Path], *, pause: float, method: str = "
     path = write(**settings)
     (path.parent / "my_eval.py").write_text(SLOW_EVALUATOR.format(pause=pause))
     return path
-
-
-Arguments = Sequence[str | Path]

@@ -132,15 +132,20 @@ def test_leaderboard_scores_are_the_stored_ones(finished: tuple[Path, Run]):
     path, _ = finished
     board = json_of(evomerge("leaderboard", path, "--format", "json"))
     stored = {e.subject: e.objective for e in store(path).evaluations(split="select")}
-    rows = {row["subject"]: row["score"] for row in board["rows"]}
-    assert rows == pytest.approx(stored, abs=0)
+    assert {row["subject"]: row["score"]["value"] for row in board["select"]} == stored
+    tested = {e.subject: e.objective for e in store(path).evaluations(split="test")}
+    assert {row["subject"]: row["score"]["value"] for row in board["test"]} == tested
+    assert board["winner"] == winner(path)
 
 
 def test_leaderboard_formats_agree(finished: tuple[Path, Run]):
     path, _ = finished
     board = json_of(evomerge("leaderboard", path, "--format", "json"))
     rows = list(csv.DictReader(io.StringIO(evomerge("leaderboard", path, "--format", "csv").out)))
-    assert [r["subject"] for r in rows] == [r["subject"] for r in board["rows"]]
+    for section, ranked in (("select", board["select"]), ("test", board["test"])):
+        assert [(r["subject"], float(r["score"])) for r in rows if r["section"] == section] == [
+            (r["subject"], r["score"]["value"]) for r in ranked
+        ]
     markdown = evomerge("leaderboard", path, "--format", "md").out
     assert markdown.count("\n|") >= len(rows)
 

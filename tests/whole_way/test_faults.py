@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import socket
@@ -22,6 +21,7 @@ from .support import (
     candidates,
     end,
     evomerge,
+    json_of,
     kill_tree,
     send,
     send_group,
@@ -39,12 +39,13 @@ BUDGET = 30
 
 def undisturbed(path: Path) -> None:
     """Run the whole study at ``path`` in this process: no pool, no worker, no command line."""
+    from evomerge.spec import load_spec
+
     from evomerge.launch import Options, open_or_create, storage_of
     from evomerge.planning import build_plan
     from evomerge.pools import LocalPool
     from evomerge.progress import Progress
     from evomerge.running import Runner, StopSignal
-    from evomerge.spec import load_spec
     from evomerge.study import Study
 
     quiet = Progress(quiet=True)
@@ -286,8 +287,8 @@ def test_failures_are_trials_with_a_reason(many: Callable[..., Path]):
     assert kinds == ["error", "incomplete", "lost", "nan", "nan", "timeout"], failed
     assert any("did not like this one" in str(reason) for reason in failed.values())
     assert all(t.score is None for t in trials if t.state == "fail")
-    board = json.loads(evomerge("leaderboard", path, "--format", "json").out)
-    assert not {f"trial:{n}" for n in failed} & {row["subject"] for row in board["rows"]}
+    board = json_of(evomerge("leaderboard", path, "--format", "json"))
+    assert not {f"trial:{n}" for n in failed} & {row["subject"] for row in board["select"]}
     attempts = store(path).attempts()
     assert sum(a.state == "lost" for a in attempts) == 4
 
@@ -316,42 +317,36 @@ def test_drift_is_refused_by_name(finished_copy: Path):
 
 # Scores on the items that the search sees grow with the weights, on all others they shrink.
 PLANTED = """
-from pathlib import Path
-
-SEEN = Path(__file__).with_name("seen.txt")
-
-
 def items():
-    return [{"task": "one", "text": f"question {i}"} for i in range(200)]
+    splits = [name for name in ("train", "dev", "eval") for _ in range(8)]
+    return [{"task": "one", "text": f"question {i}", "split": split} for i, split in enumerate(splits)]
 
 
 def score(model, tokenizer, items):
     size = sum(float(p.detach().double().norm()) for p in model.parameters())
-    seen = set(SEEN.read_text().splitlines()) if SEEN.exists() else set()
-    return [size if item["text"] in seen else -size for item in items]
+    return [size if item["split"] == "train" else -size for item in items]
 """
 
 
 def test_a_planted_candidate_does_not_win(many: Callable[..., Path]):
     """Best of all on search, worst of the re-tested on select: it is not the winner."""
-    path = slow_experiment(many, pause=0.0, search={"method": "random", "budget": 12})
-    data = json.loads(path.read_text())
-    data["evaluate"]["split"] = {"search": 20, "select": 20, "test": 20}
-    data["evaluate"]["finish"] = {"top": 4}
-    path.write_text(json.dumps(data))
+    path = slow_experiment(
+        many,
+        pause=0.0,
+        search={"method": "random", "budget": 12},
+        evaluate={
+            "with": "my_eval.py@score",
+            "tasks": {"one": {}},
+            "split": {"search": "train", "select": "dev", "test": "eval"},
+            "finish": {"top": 4},
+        },
+    )
     (path.parent / "my_eval.py").write_text(PLANTED)
-    from evomerge.planning import build_plan
-    from evomerge.progress import Progress
-    from evomerge.spec import load_spec
-
-    plan = build_plan(load_spec(path), Progress(quiet=True))
-    seen = [item.text for item in plan.items if item.split == "search"]
-    (path.parent / "seen.txt").write_text("\n".join(seen))
     evomerge("run", path)
     trials = [t for t in store(path).trials() if t.state == "complete"]
-    planted = max(trials, key=lambda t: t.score)
+    planted = f"trial:{max(trials, key=lambda t: t.score).n}"
     finalists = [e for e in store(path).evaluations(split="select") if e.subject.startswith("trial:")]
-    assert min(finalists, key=lambda e: e.objective).subject == f"trial:{planted.n}"
-    board = json.loads(evomerge("leaderboard", path, "--format", "json").out)
-    assert board["winner"]
-    assert f"trial:{planted.n}" not in json.dumps(board["winner"])
+    assert min(finalists, key=lambda e: e.objective).subject == planted
+    assert len(finalists) == 4
+    board = json_of(evomerge("leaderboard", path, "--format", "json"))
+    assert board["winner"] == max(finalists, key=lambda e: e.objective).subject != planted
