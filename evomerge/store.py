@@ -319,6 +319,12 @@ class Store:
         rows = self.database.read(lambda connection: connection.execute(query.order_by(c.position)).all())
         return [Item(row.item_id, row.task, row.text, split=row.split) for row in rows]
 
+    def item_tasks(self) -> dict[str, str]:
+        """Item id -> task, of the present items and of all that earlier evaluations saw."""
+        c = db.items.c
+        query = sa.select(c.item_id, c.task).where(c.study_id == self.study_id).distinct()
+        return {row.item_id: row.task for row in self.database.read(lambda connection: connection.execute(query).all())}
+
     def _items_version(self, connection: sa.Connection) -> int:
         c = db.items.c
         return connection.execute(sa.select(sa.func.max(c.version)).where(c.study_id == self.study_id)).scalar() or 0
