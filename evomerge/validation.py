@@ -162,6 +162,8 @@ _RULES = {
     "model_type": "must be a mapping (key: value)",
     "model_attributes_type": "must be a mapping (key: value)",
     "list_type": "must be a list",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
 }
 _COMPARISONS = {
     "greater_than": ("gt", ">"),

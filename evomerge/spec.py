@@ -1,0 +1,468 @@
+"""The experiment file: load and validate. Errors name the file, the key, the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from evomerge.errors import SpecError, nearest
+from evomerge.evaluation import TaskSpec
+from evomerge.space import SpaceModel, check_space
+from evomerge.validation import at, plain_mapping, read_yaml, short, validate
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def parse_duration(text: Any, *, where: str | None = None) -> float:
+    """Seconds in ``text``: ``90s``, ``30m``, ``6h``, ``2d``, ``1h30m``, ``1.5h``.
+
+    Raises:
+        SpecError: not a duration, or not above zero.
+    """
+    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
+    parts = match.groups() if match else ()
+    seconds = sum(float(n) * unit for n, unit in zip(parts, (86400, 3600, 60, 1), strict=False) if n)
+    if seconds <= 0:
+        raise SpecError(
+            f"a duration above zero is a number with a unit, but this is {short(text)}",
+            where=where,
+            remedy="Write it like 90s, 30m, 6h or 1h30m.",
+        )
+    return seconds
+
+
+def resolve_file(name: str, folder: Path, kind: Literal["search_spaces", "evaluators"]) -> Path:
+    """The file called ``name``: beside the experiment file (in ``folder``) first, then among those shipped.
+
+    A shipped file is named with its folder or without: ``search_spaces/task.yaml`` or ``task.yaml``.
+
+    Raises:
+        SpecError: there is none; names the places that were looked at, and the nearest shipped one.
+    """
+    wanted = Path(name).expanduser()
+    shipped = _shipped(kind)
+    inner = Path(*wanted.parts[1:]) if wanted.parts[:1] == (kind,) else wanted
+    places = [folder / wanted] if wanted.is_absolute() else [folder / wanted, shipped / inner]
+    for place in places:
+        if place.is_file() and (place == places[0] or place.resolve().is_relative_to(shipped.resolve())):
+            return place.resolve()
+    suffix = "*.yaml" if kind == "search_spaces" else "*.py"
+    known = [f"{kind}/{path.name}" for path in shipped.glob(suffix)]
+    raise SpecError(
+        f"there is no file {name!r}; looked for {' and '.join(str(p.resolve()) for p in places)}",
+        remedy=nearest(f"{kind}/{wanted.name}", known) if known else "Check the path.",
+    )
+
+
+def _shipped(kind: str) -> Path:
+    package = Path(__file__).resolve().parent
+    data = package / "_data"  # in a wheel; a checkout has the folders beside the package
+    return (data if data.is_dir() else package.parent) / kind
+
+
+def _check_name(value: Any) -> Any:
+    if isinstance(value, str) and not (_NAME.fullmatch(value) and len(value) <= 100):
+        raise PydanticCustomError(
+            "name",
+            "a name is letters, digits, '_', '-' and '.', does not begin with '-' or '.', and has at most 100 of them, "
+            "but this is {value}",
+            {"value": short(value), "remedy": "Rename it: it becomes part of file names and labels."},
+        )
+    return value
+
+
+def _check_expert_names(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        for name in value:
+            _check_name(name)
+            if name == "base":
+                raise PydanticCustomError(
+                    "name", "an expert cannot be called 'base'", {"remedy": "Give it the name of its skill."}
+                )
+    return value
+
+
+def _check_time(value: Any) -> Any:
+    if value is not None:
+        try:
+            parse_duration(value)
+        except SpecError as error:
+            raise PydanticCustomError(
+                "duration", "{problem}", {"problem": error.problem, "remedy": error.remedy}
+            ) from None
+    return value
+
+
+def _seconds(value: Any) -> Any:
+    """A number of seconds, or a duration."""
+    if isinstance(value, str):
+        _check_time(value)
+        return parse_duration(value)
+    return value
+
+
+def _check_storage(value: Any) -> Any:
+    if isinstance(value, str) and "://" not in value:
+        raise PydanticCustomError(
+            "storage",
+            "storage must be a database URL, but is {value}",
+            {
+                "value": short(value),
+                "remedy": "Write sqlite:///PATH.db or postgresql+psycopg://...; journal files are not supported, "
+                "because a torn line makes them unreadable.",
+            },
+        )
+    return value
+
+
+def _null_is_empty(value: Any) -> Any:
+    """``task:`` with nothing after it stands for a task with all defaults."""
+    return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Open(BaseModel):
+    """Keys beyond the model's own are options for somebody else; a misspelt key of its own is still refused."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beyond the model's own."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _refuse_misspelt(self) -> _Open:
+        known = [field.alias or name for name, field in type(self).model_fields.items()]
+        for key in self.model_extra or {}:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            if close or key == "options":
+                raise PydanticCustomError(
+                    "extra",
+                    "there is no key {key} here",
+                    {
+                        "key": repr(key),
+                        "remedy": nearest(key, known) if close else "Write the options beside the other keys.",
+                    },
+                )
+        return self
+
+
+class SearchSpec(_Open):
+    """Which searcher, how long, and its own options."""
+
+    model_config = ConfigDict(title="search")
+
+    method: str = Field(description="the searcher: cma, tpe or random")
+    budget: int = Field(default=60, ge=1, description="how many candidates to evaluate; controls are not counted")
+    time: Annotated[str | None, BeforeValidator(_check_time)] = Field(
+        default=None, description="propose no candidate after this long, such as 90s, 30m, 6h or 1h30m"
+    )
+    schedule: Literal["reproducible", "asynchronous"] = Field(
+        default="reproducible",
+        description="reproducible: the same seed gives the same study on any number of workers; asynchronous: scores "
+        "are used in the order of arrival, for large clusters with uneven durations",
+    )
+
+    @property
+    def seconds(self) -> float | None:
+        """``time`` in seconds."""
+        return None if self.time is None else parse_duration(self.time)
+
+
+class TaskEntry(_Open):
+    """One task: its weight, its metric, and options that the evaluator knows."""
+
+    model_config = ConfigDict(title="task")
+
+    weight: float = Field(default=1.0, gt=0, description="how much the task counts in the objective `mean`")
+    metric: str | None = Field(
+        default=None, description="the metric that counts; by default the evaluator's own choice"
+    )
+
+
+class FinishSpec(_Strict):
+    """The closing stage of a study."""
+
+    model_config = ConfigDict(title="finish")
+
+    top: int = Field(default=5, ge=1, description="how many of the best candidates are evaluated on the select items")
+    sweep: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        description="weights at which task arithmetic is tried as a control; null: the usual",
+    )
+
+
+class EvaluateSpec(_Open):
+    """What candidates are evaluated on."""
+
+    model_config = ConfigDict(title="evaluate")
+
+    evaluator: str = Field(
+        alias="with",
+        min_length=1,
+        description="the evaluator: file.py or file.py@name, beside the experiment file or among those shipped",
+    )
+    tasks: Annotated[dict[str, TaskEntry], BeforeValidator(_null_is_empty)] = Field(
+        min_length=1, description="tasks by name; each may have a weight, a metric and options of the evaluator"
+    )
+    split: dict[str, Annotated[Any, WithJsonSchema({"type": ["number", "string"]})]] = Field(
+        min_length=1,
+        description="which items are for search, select and test: numbers of items a task, shares, or the names of the "
+        "task's own splits",
+    )
+    batch_size: int = Field(default=32, ge=1, description="requests in a batch; part of what makes scores exact")
+    finish: FinishSpec = Field(default=FinishSpec(), description="the closing stage of the study")
+
+
+class WorkersSpec(_Strict):
+    """How many workers there are and what each one gets."""
+
+    model_config = ConfigDict(title="workers")
+
+    count: int = Field(default=1, ge=1, description="how many workers evaluate at the same time")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs a worker; a fraction shares one GPU between workers")
+    cpus: float = Field(default=1.0, gt=0, description="CPUs a worker, as Ray counts them")
+    threads: int = Field(default=1, ge=1, description="torch threads a worker; part of what makes scores exact")
+    timeout: Annotated[
+        float | None,
+        BeforeValidator(_seconds),
+        WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}, {"type": "null"}]}),
+    ] = Field(default=None, gt=0, description="longest time for one evaluation, in seconds or like 10m; null: no limit")
+    retries: int = Field(default=2, ge=0, description="how often an evaluation that lost its worker is tried again")
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        default="auto", description="where models run; auto: cuda where a worker has a GPU, else cpu"
+    )
+    address: str | None = Field(
+        default=None, min_length=1, description="of a Ray cluster: auto or ray://HOST:PORT; null: this machine"
+    )
+
+
+class Spec(_Strict):
+    """An experiment: everything that a study is made from.
+
+    ``base``, ``experts`` and the evaluator stand as they were written; ``base_path``, ``expert_paths`` and
+    ``resolve_file`` give absolute paths. ``space`` is the plain data of the space, already read if a file was named.
+    """
+
+    model_config = ConfigDict(title="evomerge experiment")
+
+    name: Annotated[str, BeforeValidator(_check_name)] = Field(description="the study's name in its storage")
+    base: str = Field(min_length=1, description="folder of the base model, relative to the experiment file")
+    experts: Annotated[dict[str, str], BeforeValidator(_check_expert_names)] = Field(
+        min_length=1, description="experts by name: folders of fine-tuned models or LoRA adapters of the base"
+    )
+    space: dict[str, Any] = Field(description="the search space: a file, or written here")
+    search: SearchSpec = Field(description="which searcher, how long, and its own options")
+    evaluate: EvaluateSpec = Field(description="what candidates are evaluated on")
+    objective: Literal["mean", "min"] = Field(
+        default="mean", description="how the tasks' scores become one: their weighted mean, or the lowest"
+    )
+    workers: WorkersSpec = Field(default=WorkersSpec(), description="how many workers, and what each one gets")
+    export_dtype: Dtype = Field(
+        default="bfloat16", description="what merged weights are rounded to, in search and export"
+    )
+    compute_dtype: Dtype = Field(default="float32", description="what the workers compute in")
+    seed: int = Field(default=0, ge=0, description="all random draws of the study derive from it")
+    storage: Annotated[str | None, BeforeValidator(_check_storage)] = Field(
+        default=None, description="database URL of the study; null: evomerge.db beside the experiment file"
+    )
+
+    _folder: Path = PrivateAttr(default=Path())
+    _path: Path | None = PrivateAttr(default=None)
+    _space_file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path:
+        """Absolute; relative paths in the experiment start here."""
+        return self._folder
+
+    @property
+    def path(self) -> Path | None:
+        """The experiment file, as it was given; None for a spec made from data."""
+        return self._path
+
+    @property
+    def space_file(self) -> Path | None:
+        """The file that the space was read from, absolute; None if it stands in the experiment."""
+        return self._space_file
+
+    @property
+    def space_where(self) -> str:
+        """What errors about the space name as its place."""
+        return str(self._space_file) if self._space_file else at(_label(self._path), "space")
+
+    @property
+    def base_path(self) -> Path:
+        """The base's folder, absolute."""
+        return _absolute(self.base, self.folder)
+
+    @property
+    def expert_paths(self) -> dict[str, Path]:
+        """Expert -> its folder, absolute."""
+        return {name: _absolute(path, self.folder) for name, path in self.experts.items()}
+
+    def task_specs(self) -> dict[str, TaskSpec]:
+        """The tasks as evaluators see them."""
+        return {
+            name: TaskSpec(name=name, weight=task.weight, metric=task.metric, options=task.options)
+            for name, task in self.evaluate.tasks.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain (JSON) data with all defaults filled in and the space inline; ``from_dict`` reads it back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], folder: str | Path, *, path: str | Path | None = None, check_files: bool = True
+    ) -> Spec:
+        """The spec that ``data`` describes, checked against methods, searchers and (unless told otherwise) files.
+
+        Args:
+            data: as in an experiment file.
+            folder: relative paths start here.
+            path: the file that ``data`` was read from, for errors.
+            check_files: False to look at a study whose models are not here.
+
+        Raises:
+            SpecError: any rule is broken.
+        """
+        folder = Path(folder).resolve()
+        path = Path(path) if path is not None else None
+        where = _label(path)
+        data = plain_mapping(data, where=where, what="an experiment")
+        space_file = None
+        if isinstance(data.get("space"), str):
+            try:
+                space_file = resolve_file(data["space"], folder, "search_spaces")
+            except SpecError as error:
+                raise SpecError(error.problem, where=at(where, "space"), remedy=error.remedy) from None
+            space = read_yaml(space_file, what="a search space")
+            data["space"] = plain_mapping(space, where=str(space_file), what="a search space")
+        spec = validate(cls, data, where=where)
+        spec._folder, spec._path, spec._space_file = folder, path, space_file
+        _check_search(spec, where)
+        check_space(spec.space, list(spec.experts), where=spec.space_where)
+        if check_files:
+            _check_files(spec, where)
+        return spec
+
+
+def load_spec(path: str | Path, *, check_files: bool = True) -> Spec:
+    """The experiment in a YAML file; see ``Spec.from_dict``.
+
+    Raises:
+        SpecError: there is no such file, it is not YAML, or any rule is broken.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "experiment.yaml").is_file():
+        path = path / "experiment.yaml"
+    data = read_yaml(path, what="an experiment file")
+    return Spec.from_dict(data, path.resolve().parent, path=path, check_files=check_files)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of experiment files, with the methods, searchers and options there are."""
+    from evomerge.methods import METHODS
+    from evomerge.searchers import SEARCHERS
+
+    schema = Spec.model_json_schema(by_alias=True)
+    definitions = schema["$defs"]
+    space = SpaceModel.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(space.pop("$defs"))
+    definitions["SpaceModel"] = space
+    space["properties"]["method"]["enum"] = sorted(METHODS)
+    schema["properties"]["space"] = {
+        "anyOf": [{"type": "string"}, {"$ref": "#/$defs/SpaceModel"}],
+        "description": schema["properties"]["space"]["description"],
+    }
+    task = definitions["EvaluateSpec"]["properties"]["tasks"]["additionalProperties"]
+    definitions["EvaluateSpec"]["properties"]["tasks"]["additionalProperties"] = {"anyOf": [task, {"type": "null"}]}
+    search = definitions["SearchSpec"]
+    search["properties"]["method"]["enum"] = sorted(SEARCHERS)
+    for name, searcher in SEARCHERS.items():
+        for key, param in searcher.params.items():
+            kind = {int: "integer", float: "number", bool: "boolean"}.get(param.type, "string")
+            option = search["properties"].setdefault(key, {"type": kind, "description": ""})
+            option["description"] = f"{option['description']} {name}: {param.meaning} {param.range_text()}.".strip()
+    search["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _label(path: Path | None) -> str:
+    return str(path) if path else "experiment"
+
+
+def _absolute(name: str, folder: Path) -> Path:
+    return (folder / Path(name).expanduser()).resolve()
+
+
+def _check_search(spec: Spec, where: str) -> None:
+    from evomerge.searchers import SEARCHERS
+    from evomerge.searchers.base import check_options
+
+    method, options = spec.search.method, spec.search.options
+    if method not in SEARCHERS:
+        raise SpecError(
+            f"there is no searcher {method!r}", where=at(where, "search.method"), remedy=nearest(method, SEARCHERS)
+        )
+    params = SEARCHERS[method].params
+    own = list(SearchSpec.model_fields)
+    for key, value in options.items():
+        place = at(where, f"search.{key}")
+        if key not in params:
+            raise SpecError(
+                f"there is no key {key!r} here, and searcher {method} has no such option",
+                where=place,
+                remedy=nearest(key, [*own, *params]),
+            )
+        try:
+            check_options(method, params, {key: value})
+        except SpecError as error:
+            raise SpecError(
+                error.problem, where=place, remedy=error.remedy or f"{key}: {params[key].meaning}."
+            ) from None
+
+
+def _check_files(spec: Spec, where: str) -> None:
+    for key, name in [("base", spec.base), *((f"experts.{e}", p) for e, p in spec.experts.items())]:
+        folder = _absolute(name, spec.folder)
+        if folder.is_dir():
+            continue
+        remedy = "Give the folder, relative to the experiment file."
+        if folder.exists():
+            problem = f"{name!r} must be a folder, but {folder} is a file"
+        else:
+            problem = f"there is no folder {name!r} ({folder})"
+            if _HUB_ID.fullmatch(name):
+                remedy += (
+                    " If this is a Hugging Face id: ids are not downloaded; fetch it with "
+                    f"`hf download {name} --local-dir FOLDER` and give that folder."
+                )
+        raise SpecError(problem, where=at(where, key), remedy=remedy)
+    file, _, _ = spec.evaluate.evaluator.partition("@")
+    try:
+        found = resolve_file(file, spec.folder, "evaluators")
+    except SpecError as error:
+        raise SpecError(error.problem, where=at(where, "evaluate.with"), remedy=error.remedy) from None
+    if found.suffix != ".py":
+        raise SpecError(
+            f"an evaluator is a Python file (.py), but this is {found}",
+            where=at(where, "evaluate.with"),
+            remedy="Write file.py, or file.py@name for one function or class in it.",
+        )
