@@ -1,0 +1,258 @@
+"""One resident model and one prepared evaluator: recipes in, outcomes out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evomerge.checkpoints import Sources, open_checkpoint, open_expert
+from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, ResourceError, UserError
+from evomerge.evaluation import (
+    EvaluatorContext,
+    Item,
+    Outcome,
+    Target,
+    TaskSpec,
+    check_outcomes,
+    load_evaluator,
+)
+from evomerge.merging import Merger, load_resident
+from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
+from evomerge.recipe import Recipe
+
+DETAIL_LIMIT = 20_000  # characters of a traceback that are kept
+
+
+class Worker:
+    """Builds itself from ``spec`` (paths and plain data) and evaluates jobs, one at a time.
+
+    An outcome is a function of recipe and item: torch's thread counts are set to ``spec.threads`` and its deterministic
+    algorithms are switched on for the whole process, global random generators start every evaluation from
+    ``spec.seed``, and the model is always built from the sources.
+
+    Raises:
+        UserError: sources, evaluator or device cannot be used, or the data are not those of ``spec.splits``.
+    """
+
+    def __init__(self, spec: WorkerSpec):
+        self.spec = spec
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        _settle(spec)
+        base_path = Path(spec.folder, spec.base["path"])
+        base = open_checkpoint(base_path)
+        experts = [open_expert(Path(spec.folder, source["path"]), base) for source in spec.experts]
+        self.sources = Sources(base, experts)
+        self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
+
+        with _evaluators_fault(spec.evaluator, "be made"):
+            self.evaluator = load_evaluator(spec.evaluator, _context(spec))
+        if self.evaluator.needs != "model":
+            raise EvaluatorError(
+                f"the evaluator needs a {self.evaluator.needs}, and only evaluators that need a model can run",
+                where=spec.evaluator,
+                remedy='Set needs = "model" and work on the resident model that evaluate() is given.',
+            )
+        self.items = self._load_items()
+        model = load_resident(
+            base_path, auto_class=self.evaluator.auto_class, compute_dtype=spec.compute_dtype, device=spec.device
+        )
+        self.target = Target(model, _load_tokenizer(base_path), spec.device)
+        with _evaluators_fault(spec.evaluator, "prepare"):
+            self.evaluator.prepare(self.target, list(self.items.values()))
+
+    def _load_items(self) -> dict[str, Item]:
+        """The study's items by id, with their splits; EvaluatorError if one is gone."""
+        from dataclasses import replace
+
+        with _evaluators_fault(self.spec.evaluator, "load its items"):
+            loaded = {item.id: item for item in reversed(self.evaluator.load())}
+        missing = [i for i in self.spec.splits if i not in loaded]
+        if missing:
+            raise EvaluatorError(
+                f"{len(missing)} of the study's {len(self.spec.splits)} items are not in the data any more "
+                f"(such as {missing[0]})",
+                where=self.spec.evaluator,
+                remedy="The data changed since the study was made, or differ on this machine: bring them back.",
+            )
+        return {i: replace(loaded[i], split=split) for i, split in self.spec.splits.items()}
+
+    def evaluate(self, job: Job) -> Result:
+        """Merge the job's recipe into the model and evaluate it on the job's items.
+
+        Whatever goes wrong with the candidate comes back as a Failure.
+
+        Raises:
+            CheckpointError: the recipe is not of this worker's sources.
+        """
+        began = time.perf_counter()
+        seconds: dict[str, float] = {}
+        outcomes: tuple[Outcome, ...] | None = None
+        failure: Failure | None = None
+        recipe = Recipe.from_dict(job.recipe)
+        self._check_sources(recipe)
+        try:
+            with _seconds(seconds, "merge"):
+                self.merger.into(self.target.model, recipe)
+            with _seconds(seconds, "evaluate"), _seeded(self.spec.seed):
+                answer = self.evaluator.evaluate(self.target, list(job.item_ids))
+            outcomes = _checked(answer, job.item_ids)
+        except (Exception, SystemExit) as error:
+            failure = failure_of(error)
+        if failure is not None and failure.kind == "memory":
+            _free_memory()
+        seconds["total"] = time.perf_counter() - began
+        return Result(job.key, job.attempt, outcomes, failure, seconds, self.name)
+
+    def _check_sources(self, recipe: Recipe) -> None:
+        """The recipe must be of this worker's sources, in their order; its names for them do not matter."""
+
+        def content(sha256: str, path: str) -> str:
+            return sha256 or str(Path(self.spec.folder, path))  # the place stands for content that was not hashed
+
+        ours = [content(s["sha256"], s["path"]) for s in (self.spec.base, *self.spec.experts)]
+        theirs = [content(s.sha256, s.path) for s in (recipe.base, *recipe.experts) if s is not None]
+        if theirs != (ours if recipe.base is not None else ours[1:]):
+            raise CheckpointError(
+                f"a recipe must name the sources that the workers hold, in their order: the recipe has "
+                f"{_listed(theirs)}, the workers have {_listed(ours)}",
+                where="recipe",
+                remedy="Evaluate it with an experiment file that names its base and experts.",
+            )
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What is told and stored of an error that ended an evaluation."""
+    detail = "".join(traceback.format_exception(error))[-DETAIL_LIMIT:]
+    if isinstance(error, CandidateError):
+        return Failure(error.kind, one_line(error.reason), error.detail or detail)
+    if isinstance(error, SystemExit):
+        return Failure("error", f"the evaluator called sys.exit({error.code!r})", detail)
+    kind = "memory" if _is_out_of_memory(error) else "error"
+    return Failure(kind, one_line(f"{type(error).__name__}: {error}".rstrip(": ")), detail)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    # torch's CPU allocator raises a plain RuntimeError
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _checked(answer: Any, item_ids: Sequence[str]) -> tuple[Outcome, ...]:
+    """The evaluator's answer with plain Python numbers; CandidateError if it is not one finite outcome an item."""
+    if answer is None:
+        raise CandidateError("incomplete", "the evaluator returned None instead of a list of outcomes")
+    outcomes = list(answer)
+    for outcome in outcomes:
+        if not isinstance(outcome, Outcome):
+            raise CandidateError("error", f"the evaluator returned a {type(outcome).__name__} instead of an Outcome")
+    check_outcomes(outcomes, item_ids)
+    return tuple(
+        Outcome(o.item_id, {name: float(value) for name, value in o.values.items()}, float(o.weight)) for o in outcomes
+    )
+
+
+def _context(spec: WorkerSpec) -> EvaluatorContext:
+    return EvaluatorContext(
+        folder=Path(spec.folder),
+        tasks={name: TaskSpec(**task) for name, task in spec.tasks.items()},
+        options=dict(spec.options),
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+
+
+def _settle(spec: WorkerSpec) -> None:
+    """Threads, determinism and silence of this process."""
+    torch.set_num_threads(spec.threads)
+    with contextlib.suppress(RuntimeError):  # can be set once, before the first parallel work
+        torch.set_num_interop_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore  # costs a pass over every new tensor
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ResourceError(
+            f"the worker's device is {spec.device}, but torch sees no GPU here",
+            where="workers.device",
+            remedy="Use device: cpu, or give each worker a GPU with workers.gpus.",
+        )
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer; None if the folder holds none (as for models of other things than text)."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).exists() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _evaluators_fault(path: str, what: str) -> Iterator[None]:
+    """Turns an exception of the evaluator's own code into an EvaluatorError that shows where it came from."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise EvaluatorError(
+            f"the evaluator could not {what}: {one_line(f'{type(error).__name__}: {error}')}",
+            where=path,
+            remedy=f"It was raised in {place.filename}, line {place.lineno}: {place.line}",
+        ) from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global random generators that start from ``seed`` inside, and go on outside as if nothing had been."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _seconds(record: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        record[name] = time.perf_counter() - began
+
+
+def _listed(contents: Sequence[str]) -> str:
+    return ", ".join(content[-12:] for content in contents)
