@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from evomerge.errors import MethodError, SpecError, nearest
 
 if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
 
 FORMAT = 1
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+KEYS = ("evomerge_recipe", "base", "experts", "method", "params", "groups", "weights", "seed", "export_dtype")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,11 @@ class Recipe:
         return {**self.params, **self.group_for(info).params}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it stands in recipe.yaml. Paths are kept as they were given."""
+        """Plain data, as it stands in recipe.yaml: every number of the merge, the method's defaults included.
+
+        Paths are kept as they were given.
+        """
+
         def source(s: Source) -> dict[str, str]:
             return {"name": s.name, "path": s.path, "sha256": s.sha256}
 
@@ -75,14 +84,15 @@ class Recipe:
             entry: dict[str, Any] = {} if group.layers is None else {"layers": list(group.layers)}
             entry["weights"] = {s.name: float(w) for s, w in zip(self.experts, group.weights, strict=True)}
             if group.params:
-                entry["params"] = dict(group.params)
+                checked = _check_params(self.method, {**self.params, **group.params})
+                entry["params"] = {key: checked[key] for key in group.params}
             groups.append(entry)
         return {
             "evomerge_recipe": FORMAT,
             "base": source(self.base) if self.base else None,
             "experts": [source(s) for s in self.experts],
             "method": self.method,
-            "params": dict(self.params),
+            "params": _check_params(self.method, self.params),
             "groups": groups,
             "seed": self.seed,
             "export_dtype": self.export_dtype,
@@ -99,11 +109,222 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        raise NotImplementedError
+        """A recipe from plain data: what ``to_dict`` gives, or the short form that people write.
+
+        The short form may leave out hashes and everything that has a default, gives ``base`` as a path, ``experts`` as
+        {name: path}, and ``weights`` (one number, or {name: number}) at the top level instead of ``groups``.
+
+        Args:
+            where: the file that errors name.
+
+        Raises SpecError (or MethodError for the method's own parameters) for what is unknown, missing or out of range.
+        """
+        return _Reader(where).recipe(data)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        raise NotImplementedError
+        """Read a recipe from a YAML (or JSON) file. Paths in it are relative to the file; plain data only is read.
+
+        Raises SpecError if it cannot be read, is not a recipe, or breaks a rule.
+        """
+        import yaml
+
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SpecError(f"cannot be read: {error.strerror}", where=str(path), remedy="Check the path.") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise SpecError(
+                f"is not plain YAML: {error}",
+                where=str(path),
+                remedy="A recipe holds numbers, text, lists and tables only.",
+            ) from None
+        return _Reader(str(path), path.absolute().parent).recipe(data)
 
     def to_yaml(self) -> str:
-        raise NotImplementedError
+        """The text of a recipe.yaml that ``load`` reads back to an equal recipe."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of ``method`` in their types, defaults filled in; MethodError for what is unknown or illegal."""
+    from evomerge.methods import METHODS
+    from evomerge.methods.base import check_params
+
+    if method not in METHODS:
+        raise MethodError(f"there is no method {method!r}", remedy=nearest(method, METHODS))
+    return check_params(method, METHODS[method], params)
+
+
+class _Reader:
+    """Turns plain data into a Recipe; every error names the file and the key.
+
+    Args:
+        where: the file.
+        folder: what relative paths in it are relative to (None: they are kept).
+    """
+
+    def __init__(self, where: str, folder: Path | None = None):
+        self.where, self.folder = where, folder
+
+    def recipe(self, data: Any) -> Recipe:
+        if not isinstance(data, Mapping):
+            raise self.error("", f"a recipe is a table of keys, but this is {_shown(data)}")
+        if "merge_method" in data:
+            raise self.error(
+                "merge_method",
+                "this is a mergekit configuration, which this version does not read",
+                "Write it as a recipe: method, base, experts: {name: folder}, weights: {name: number}.",
+            )
+        self.known_keys("", data, KEYS)
+        if data.get("evomerge_recipe", FORMAT) != FORMAT:
+            raise self.error(
+                "evomerge_recipe",
+                f"the format {data['evomerge_recipe']!r} is not {FORMAT}, the one this version reads",
+                "Use the version of evomerge that wrote it.",
+            )
+        experts = self.experts(data.get("experts"))
+        names = [source.name for source in experts]
+        method = self.method(data.get("method"), data.get("base") is not None, len(experts))
+        base = None if data.get("base") is None else self.source("base", data["base"], "base")
+        params = self.params("params", method, {}, data.get("params"))
+        if ("groups" in data) == ("weights" in data):
+            raise self.error("", "exactly one of weights and groups must be given", "Give weights: {name: number}.")
+        if "weights" in data:
+            groups: tuple[Group, ...] = (Group(self.weights("weights", method, data["weights"], names)),)
+        else:
+            groups = self.groups(data["groups"], method, params, names)
+        seed = data.get("seed", 0)
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise self.error("seed", f"a seed is a whole number from 0 on, but is {_shown(seed)}")
+        export_dtype = data.get("export_dtype", "bfloat16")
+        if export_dtype not in DTYPES:
+            raise self.error("export_dtype", f"{_shown(export_dtype)} is unknown", nearest(str(export_dtype), DTYPES))
+        return Recipe(base, experts, method, groups, params, seed, export_dtype)
+
+    def experts(self, data: Any) -> tuple[Source, ...]:
+        if isinstance(data, Mapping):
+            found = [self.source(f"experts.{name}", value, name) for name, value in data.items()]
+        elif isinstance(data, Sequence) and not isinstance(data, str):
+            found = [self.source(f"experts[{t}]", value, None) for t, value in enumerate(data)]
+        else:
+            raise self.error("experts", f"must be a table {{name: folder}}, but is {_shown(data)}")
+        if not found:
+            raise self.error("experts", "there must be at least one expert")
+        for source in found:
+            if sum(other.name == source.name for other in found) > 1:
+                raise self.error("experts", f"two experts have the name {source.name!r}", "Names must differ.")
+        return tuple(found)
+
+    def source(self, key: str, data: Any, name: Any) -> Source:
+        """A source given as a path, or as {name, path, sha256}."""
+        entry = {"path": data} if isinstance(data, str) else data
+        if not isinstance(entry, Mapping):
+            raise self.error(key, f"must be a folder's path, but is {_shown(data)}")
+        self.known_keys(key, entry, ("name", "path", "sha256"))
+        name, path, sha256 = entry.get("name", name), entry.get("path"), entry.get("sha256") or ""
+        if not isinstance(name, str) or not name:
+            raise self.error(key, f"needs a name, but has {_shown(name)}")
+        if not isinstance(path, str) or not path:
+            raise self.error(key, f"needs a path, but has {_shown(path)}")
+        if not isinstance(sha256, str):
+            raise self.error(key, f"sha256 must be text, but is {_shown(sha256)}", "Put it in quotation marks.")
+        if self.folder is not None:
+            beside = self.folder / Path(path).expanduser()
+            path = str(beside) if beside.exists() else path  # otherwise a Hugging Face id, or wrong: opening it tells
+        return Source(name, path, sha256)
+
+    def method(self, name: Any, has_base: bool, num_experts: int) -> str:
+        from evomerge.methods import METHODS
+        from evomerge.methods.arithmetic import check_experts
+
+        if name not in METHODS:
+            raise self.error("method", f"there is no method {_shown(name)}", nearest(str(name), METHODS))
+        try:
+            check_experts(METHODS[name], has_base, num_experts)
+        except MethodError as error:
+            raise self.error("experts" if has_base else "base", error.problem, error.remedy) from None
+        return name
+
+    def params(self, key: str, method: str, shared: Mapping[str, Any], data: Any) -> dict[str, Any]:
+        """Checked parameters: all of them at the top (nothing is ``shared`` yet), what is given in a group."""
+        if not isinstance(data, Mapping | None):
+            raise self.error(key, f"must be a table of parameters, but is {_shown(data)}")
+        given = {str(name): value for name, value in (data or {}).items()}
+        try:
+            checked = _check_params(method, {**shared, **given})
+        except MethodError as error:
+            raise MethodError(error.problem, where=f"{self.where}: {key}", remedy=error.remedy) from None
+        return {name: checked[name] for name in given} if shared else checked
+
+    def groups(self, data: Any, method: str, params: Mapping[str, Any], names: list[str]) -> tuple[Group, ...]:
+        if not isinstance(data, list) or not data:
+            raise self.error("groups", f"must be a list of groups, but is {_shown(data)}")
+        found, place = [], 0
+        for g, entry in enumerate(data):
+            key = f"groups[{g}]"
+            if not isinstance(entry, Mapping):
+                raise self.error(key, f"must be a table with weights, but is {_shown(entry)}")
+            self.known_keys(key, entry, ("layers", "weights", "params"))
+            layers = entry.get("layers")
+            if layers is not None:
+                if not (isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)):
+                    raise self.error(f"{key}.layers", f"must be [first, last + 1], but is {_shown(layers)}")
+                if layers[0] != place or layers[1] <= layers[0]:
+                    raise self.error(
+                        f"{key}.layers",
+                        f"groups follow each other from layer 0 on: this one must start at {place} and not be empty, "
+                        f"but is {layers}",
+                    )
+                place = layers[1]
+            elif len(data) > 1:
+                raise self.error(f"{key}.layers", "is missing: with several groups each names its layers")
+            found.append(
+                Group(
+                    self.weights(f"{key}.weights", method, entry.get("weights"), names),
+                    None if layers is None else (layers[0], layers[1]),
+                    self.params(f"{key}.params", method, params, entry["params"]) if entry.get("params") else {},
+                )
+            )
+        return tuple(found)
+
+    def weights(self, key: str, method: str, data: Any, names: list[str]) -> tuple[float, ...]:
+        """One finite number an expert, from {name: number}, a list in the experts' order, or one number for all."""
+        from evomerge.methods import METHODS
+
+        if isinstance(data, list) and len(data) == len(names):
+            data = dict(zip(names, data, strict=True))
+        elif isinstance(data, int | float) and not isinstance(data, bool):
+            data = dict.fromkeys(names, data)
+        if not isinstance(data, Mapping):
+            raise self.error(key, f"must be a table {{name: number}} for {', '.join(names)}, but is {_shown(data)}")
+        self.known_keys(key, data, names)
+        weights = []
+        for name in names:
+            if name not in data:
+                raise self.error(key, f"expert {name} has no weight", f"Give {name}: 0 to leave it out.")
+            value = data[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                hint = "In YAML, write 1.0e-3, not 1e-3." if isinstance(value, str) else None
+                raise self.error(f"{key}.{name}", f"must be a finite number, but is {_shown(value)}", hint)
+            try:
+                weights.append(float(METHODS[method].weight.check(name, value, f"the weight of method {method}")))
+            except MethodError as error:
+                raise MethodError(error.problem, where=f"{self.where}: {key}", remedy=error.remedy) from None
+        return tuple(weights)
+
+    def known_keys(self, key: str, data: Mapping[Any, Any], known: Sequence[str]) -> None:
+        for name in data:
+            if name not in known:
+                raise self.error(key, f"there is no {name!r} here", nearest(str(name), known))
+
+    def error(self, key: str, problem: str, remedy: str | None = None) -> SpecError:
+        return SpecError(problem, where=f"{self.where}: {key}" if key else self.where, remedy=remedy)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

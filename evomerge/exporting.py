@@ -1,0 +1,186 @@
+"""Write a merge as an ordinary Hugging Face checkpoint that is whole or not there: the manifest last, then a rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints import Sources
+from evomerge.errors import CheckpointError
+from evomerge.folders import TOKENIZER_FILES, optional_files, read_json
+from evomerge.merging import SHARD_SIZE, Merger, Report, open_sources, torch_dtype
+from evomerge.modelcard import model_card
+from evomerge.recipe import Recipe
+
+MANIFEST, RECIPE_FILE, CARD_FILE = "evomerge_manifest.json", "recipe.yaml", "README.md"
+
+
+def export(
+    recipe: Recipe,
+    out: Path,
+    *,
+    shard_size: int = SHARD_SIZE,
+    card: Mapping[str, Any] | None = None,
+    progress: Report | None = None,
+    device: str = "cpu",
+) -> Path:
+    """Merge ``recipe`` and write a checkpoint that transformers loads: weights, config, tokenizer, recipe, model card.
+
+    All is written into a temporary folder beside ``out``, synchronised, and renamed at the end; whatever goes wrong,
+    the temporary folder is removed and ``out`` is as it was.
+
+    Args:
+        out: a folder that does not exist yet, or is empty.
+        shard_size: bytes of tensors a weight file may hold.
+        card: what a study knows of the merge, for the model card (see ``modelcard.model_card``).
+        progress: called with (bytes written, bytes in all).
+        device: where the arithmetic is done; the study's, for the study's very numbers.
+
+    Returns ``out``. Raises CheckpointError if ``out`` is not empty or cannot be written, if the disk is full, or if a
+    source cannot be used.
+    """
+    out = Path(out).absolute()
+    _check_out(out)
+    sources = open_sources(recipe)
+    _check_space(out, sources, recipe)
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        temporary.chmod(0o777 & ~_umask())
+        hashes = Merger(sources, device=device).stream(recipe, temporary, shard_size=shard_size, progress=progress)
+        _write_companions(temporary, sources, recipe, card or {})
+        _write_manifest(temporary, recipe, hashes)
+        temporary.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise _write_error(out, error) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def is_complete_export(path: str | Path, *, hashes: bool = False) -> bool:
+    """True if ``path`` is an export that was finished, with every file of its manifest there in full.
+
+    Args:
+        hashes: compare the files' SHA-256, too, which reads them.
+    """
+    folder = Path(path)
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, facts in files.items():
+            file = folder / name
+            if file.stat().st_size != facts["size"] or (hashes and _sha256(file) != facts["sha256"]):
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(files)
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise CheckpointError(
+                f"the output folder {out} is not empty", remedy="Choose another one, or empty it. Nothing was written."
+            )
+    elif out.exists() or out.is_symlink():
+        raise CheckpointError(f"the output folder {out} is a file", remedy="Choose another name.")
+
+
+def _check_space(out: Path, sources: Sources, recipe: Recipe) -> None:
+    """CheckpointError if the disk cannot take the merge: better before the work than after."""
+    reference, width = sources.reference, torch_dtype(recipe.export_dtype).itemsize
+    needed = sum(
+        reference.numel(n) * (width if sources.is_float(n) else reference.dtype(n).itemsize) for n in sources.names
+    )
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise CheckpointError(
+            f"the merge needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB left",
+            remedy="Free some space, or choose another output folder. Nothing was written.",
+        )
+
+
+def _write_companions(folder: Path, sources: Sources, recipe: Recipe, card: Mapping[str, Any]) -> None:
+    """Everything but weights and manifest: the base's config and tokenizer, the recipe, the model card."""
+    origin = sources.reference.path
+    config = _config(sources.reference.config, recipe.export_dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in optional_files(origin, ("generation_config.json", *TOKENIZER_FILES)):
+        if file.name == "tokenizer_config.json" and "auto_map" in (settings := read_json(file)):
+            del settings["auto_map"]  # names Python files that are neither run nor copied
+            (folder / file.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(file, folder / file.name)
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(recipe, sources.reference.config, card), encoding="utf-8")
+
+
+def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The base's configuration with the type of the merged weights, in its parts as well."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            changed[key] = dtype
+        elif key == "auto_map":
+            continue
+        elif isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            changed[key] = _config(value, dtype)
+        else:
+            changed[key] = value
+    changed.setdefault("dtype", dtype)
+    return changed
+
+
+def _write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str]) -> None:
+    """Names, sizes and hashes of all files. Written last, when everything before it is on the disk."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        if file.name not in hashes:
+            _sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": hashes.get(file.name) or _sha256(file)}
+    manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _write_error(out: Path, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"the disk is full: {out} could not be written",
+            remedy="Free some space, or choose another output folder. What had been written was removed.",
+        )
+    return CheckpointError(
+        f"{out} could not be written: {error.strerror or error}",
+        remedy="Check the folder and its rights, or choose another one. What had been written was removed.",
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

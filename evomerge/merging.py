@@ -1,0 +1,374 @@
+"""Apply a recipe to sources: into a resident model in place, or streamed to disk. One generator feeds both."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints import (
+    INDEX,
+    WEIGHTS,
+    Sources,
+    check_tokenizers,
+    content_hash,
+    grid,
+    open_checkpoint,
+    open_expert,
+)
+from evomerge.errors import CheckpointError, EvaluatorError, MethodError, SpecError, nearest
+from evomerge.folders import find_folder, some
+from evomerge.methods import METHODS
+from evomerge.methods.base import TensorInfo, check_params
+from evomerge.methods.chunks import merge_chunks
+from evomerge.placement import Placement, place
+from evomerge.recipe import DTYPES, Recipe, Source
+from evomerge.safetensor_files import ShardWriter
+
+Report = Callable[[int, int], None]
+SHARD_SIZE = 5_000_000_000  # bytes
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype that a recipe or an experiment file names, such as ``bfloat16``."""
+    if name not in DTYPES:
+        raise SpecError(f"{name!r} is not a type that weights can have", remedy=nearest(str(name), DTYPES))
+    return getattr(torch, name)
+
+
+class _Plan:
+    """What is the same for all tensors of one recipe: the method, checked parameters by group, the prepared state."""
+
+    def __init__(self, merger: Merger, recipe: Recipe):
+        sources = merger.sources
+        if recipe.method not in METHODS:
+            raise MethodError(f"there is no method {recipe.method!r}", remedy=nearest(recipe.method, METHODS))
+        if len(recipe.experts) != len(sources.experts):
+            raise ValueError(f"the recipe has {len(recipe.experts)} experts, the sources have {len(sources.experts)}")
+        layers = sources.reference.num_layers
+        last = recipe.groups[-1].layers
+        if last is not None and last[1] != layers:
+            raise SpecError(
+                f"the recipe's groups end at layer {last[1]}, but the model has {layers} layers",
+                remedy=f"The groups must cover the layers 0 to {layers}, the last one excluded.",
+            )
+        self.recipe, self.method, self.dtype = recipe, METHODS[recipe.method], torch_dtype(recipe.export_dtype)
+        self._groups = {
+            id(group): check_params(recipe.method, self.method, {**recipe.params, **group.params})
+            for group in recipe.groups
+        }
+        self.state = merger.state(recipe.method, list(self._groups.values()))
+
+    def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:
+        """(weights, parameters) for a tensor."""
+        group = self.recipe.group_for(info)
+        return group.weights, self._groups[id(group)]
+
+
+@dataclass
+class _Resident:
+    """What a Merger knows of one model: where tensors lie, and which of them hold the rounded base at the moment."""
+
+    placement: Placement
+    pristine: dict[str, torch.dtype] = field(default_factory=dict)  # name -> the export dtype the base was rounded to
+
+
+class Merger:
+    """Builds candidates from ``sources``, which it never changes, and never from an earlier candidate.
+
+    Args:
+        sources: the base and the experts; every recipe's experts are these, in this order.
+        device: where the arithmetic is done.
+        fixed_params: method parameters that no candidate changes, so that what depends on them is computed once
+            (``Method.prepare``). None: each recipe is taken by itself, and all its parameters are fixed.
+    """
+
+    def __init__(self, sources: Sources, *, device: str = "cpu", fixed_params: Mapping[str, Any] | None = None):
+        self.sources, self.device = sources, device
+        self.fixed_params = None if fixed_params is None else dict(fixed_params)
+        self._states: dict[str, tuple[dict[str, Any], Any]] = {}  # method -> (what was fixed, its state)
+        self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
+
+    @torch.no_grad()
+    def into(self, model: Any, recipe: Recipe) -> None:
+        """Write the merge into a resident model of the base, in place.
+
+        Merged numbers are rounded to the recipe's export_dtype first, then cast to the parameter's dtype: what is
+        scored is what ``stream`` writes. Tensors that no expert touches are left alone while they hold the base.
+
+        Raises UserError if the recipe does not fit the sources.
+        """
+        plan = _Plan(self, recipe)
+        resident = self._residents.get(model)
+        if resident is None:
+            shapes = {name: self.sources.reference.shape(name) for name in self.sources.names}
+            resident = self._residents[model] = _Resident(place(model, shapes))
+        for name, view in resident.placement.views.items():
+            if self._must_write(resident, plan, name):
+                self._write(plan, name, view)
+        for conversion in resident.placement.conversions:
+            names = [name for _, name in conversion.sources]
+            changed = [self._must_write(resident, plan, name) for name in names]
+            if any(changed):
+                state = model.state_dict(keep_vars=True)
+                dtype = state[conversion.first_target].dtype
+                converted = conversion.run(lambda name, dtype=dtype: self._whole(plan, name, dtype), model)
+                for target, value in converted.items():
+                    state[target].copy_(value)
+
+    @torch.no_grad()
+    def stream(
+        self, recipe: Recipe, out: Path, *, shard_size: int = SHARD_SIZE, progress: Report | None = None
+    ) -> dict[str, str]:
+        """Write the merge to safetensors files in the existing folder ``out``: one, or shards and their index.
+
+        Args:
+            shard_size: bytes of tensors that a file may hold; a larger tensor has a file of its own.
+            progress: called with (bytes written, bytes in all).
+
+        Returns the SHA-256 of each weight file by its name. Raises UserError if the recipe does not fit the sources,
+        or if a merged number is not finite in the recipe's export_dtype.
+        """
+        plan, reference = _Plan(self, recipe), self.sources.reference
+        types = {n: plan.dtype if self.sources.is_float(n) else reference.dtype(n) for n in self.sources.names}
+        sizes = {n: reference.numel(n) * types[n].itemsize for n in self.sources.names}
+        files = _shards(sizes, shard_size)
+        total, done, hashes = sum(sizes.values()), 0, {}
+        for file, names in files.items():
+            names.sort(key=lambda n: -types[n].itemsize)  # wide types first: every tensor is aligned to its type
+            writer = ShardWriter(out / file, {n: (types[n], reference.shape(n)) for n in names})
+            with writer:
+                for name in names:
+                    for piece in self._merged(plan, name):
+                        if piece.is_floating_point() and not math.isfinite(piece.sum(dtype=torch.float32)):
+                            _check_finite(name, piece)
+                        writer.write(piece)
+                        done += piece.numel() * piece.element_size()
+                        if progress is not None:
+                            progress(done, total)
+            hashes[file] = writer.sha256
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            with (out / INDEX).open("x") as handle:
+                json.dump(index, handle, indent=2)
+                handle.flush()
+                os.fsync(handle.fileno())
+        return hashes
+
+    def state(self, method: str, groups: Sequence[Mapping[str, Any]]) -> Any:
+        """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes."""
+        first = groups[0]
+        fixed = {
+            key: value
+            for key, value in first.items()
+            if all(group[key] == value for group in groups)
+            and (self.fixed_params is None or (key in self.fixed_params and self.fixed_params[key] == value))
+        }
+        known = self._states.get(method)
+        if known is None or known[0] != fixed:
+            known = self._states[method] = fixed, METHODS[method].prepare(self.sources, **fixed)
+        return known[1]
+
+    def _must_write(self, resident: _Resident, plan: _Plan, name: str) -> bool:
+        """False where the model holds this tensor's base already and the merge is the base. Notes what will be held."""
+        if not self.sources.is_float(name):
+            return False  # counters and masks are the base's, from loading
+        if not self._stays_base(plan, name):
+            resident.pristine.pop(name, None)
+            return True
+        held, resident.pristine[name] = resident.pristine.get(name), plan.dtype
+        return held != plan.dtype
+
+    def _stays_base(self, plan: _Plan, name: str) -> bool:
+        return self.sources.base is not None and plan.method.keeps_base and not self.sources.touched(name)
+
+    def _merged(self, plan: _Plan, name: str) -> Iterator[Tensor]:
+        """The merged tensor in the recipe's export_dtype: flat pieces in row-major order. Non-floats are the base's."""
+        sources, method = self.sources, plan.method
+        if not sources.is_float(name) or self._stays_base(plan, name):
+            tensor = sources.reference.tensor(name).reshape(-1)
+            for start, stop in grid(tensor.numel()):
+                piece = tensor[start:stop]
+                yield piece.to(plan.dtype) if tensor.is_floating_point() else piece
+            return
+        info = sources.info(name)
+        weights, params = plan.numbers(info)
+        call = {"weights": weights, "state": plan.state, "seed": plan.recipe.seed}
+        if not method.factors and method.chunked_with(plan.state, **params):
+            # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
+            skip = [weight == 0 and method.is_linear(**params) for weight in weights]
+            for part, base, experts in sources.chunks(name, device=self.device, skip=skip):
+                yield method.merge(base, experts, info=part, **call, **params).reshape(-1).to(plan.dtype)
+            return
+        _, base, experts = sources.load(name, factors=method.factors)
+        base, experts = _on_device(self.device, base, experts)
+        for _, piece in merge_chunks(method, base, experts, info=info, params=params, **call):
+            yield piece.to(plan.dtype)
+
+    def _write(self, plan: _Plan, name: str, view: Tensor) -> None:
+        """Merge one tensor into its part of a parameter."""
+        direct = view.is_contiguous()
+        flat = view.view(-1) if direct else torch.empty(view.numel(), dtype=view.dtype, device=view.device)
+        place = 0
+        for piece in self._merged(plan, name):
+            flat[place : place + piece.numel()].copy_(piece)
+            place += piece.numel()
+        if not direct:
+            view.copy_(flat.view(view.shape))
+
+    def _whole(self, plan: _Plan, name: str, dtype: torch.dtype) -> Tensor:
+        """One merged tensor, rounded to export_dtype and then cast to ``dtype``."""
+        if not self.sources.is_float(name):
+            return self.sources.reference.tensor(name)
+        whole = torch.empty(self.sources.reference.shape(name), dtype=dtype, device=self.device)
+        self._write(plan, name, whole)
+        return whole
+
+
+def _on_device(device: str, base: Tensor | None, experts: Sequence[Any]) -> tuple[Tensor | None, list[Any]]:
+    """The same on ``device``; an expert that is the base stays the very object."""
+    if device == "cpu":
+        return base, list(experts)
+    moved = None if base is None else base.to(device)
+
+    def move(expert: Any) -> Any:
+        if expert is base:
+            return moved
+        if isinstance(expert, Tensor):
+            return expert.to(device)
+        return replace(expert, B=expert.B.to(device), A=expert.A.to(device))
+
+    return moved, [move(expert) for expert in experts]
+
+
+def _check_finite(name: str, piece: Tensor) -> None:
+    if not torch.isfinite(piece).all():
+        raise CheckpointError(
+            f"the merged tensor {name} is not finite in {str(piece.dtype).removeprefix('torch.')}",
+            remedy="Choose smaller weights, or an export_dtype with a wider range (bfloat16, float32).",
+        )
+
+
+def _shards(sizes: Mapping[str, int], shard_size: int) -> dict[str, list[str]]:
+    """File name -> tensor names: filled in order, none above ``shard_size`` bytes unless by a single tensor."""
+    shards: list[list[str]] = [[]]
+    room = shard_size
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """The recipe's base and experts, opened without reading tensor data; raises CheckpointError naming the source."""
+    base = None
+    if recipe.base is not None:
+        with _naming(recipe.base, "base"):
+            base = open_checkpoint(recipe.base.path)
+    experts: list[Any] = []
+    for source in recipe.experts:
+        with _naming(source, "expert"):
+            first = base if base is not None else (experts[0] if experts else None)
+            expert = open_checkpoint(source.path) if first is None else open_expert(source.path, first)
+            if first is not None:
+                check_tokenizers(first, [expert])
+            experts.append(expert)
+    return Sources(base, experts)
+
+
+def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> Recipe:
+    """Hash every source (each file is read once, or known from the cache), and look for NaN and infinity on the way.
+
+    Args:
+        progress: called with (source name, bytes done, bytes in all).
+
+    Returns the recipe with all hashes filled in. Raises CheckpointError for a source whose content is not what the
+    recipe's sha256 says.
+    """
+
+    def checked(source: Source, role: str) -> Source:
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(source.name, done, total)
+
+        with _naming(source, role):
+            found = content_hash(source.path, progress=report)
+            if source.sha256 and source.sha256 != found:
+                raise CheckpointError(
+                    f"the content of {source.path} has the hash {found}, but the recipe was made with {source.sha256}",
+                    remedy="Restore the folder, or take the sha256 out of the recipe to merge what is there now.",
+                )
+        return replace(source, sha256=found)
+
+    base = None if recipe.base is None else checked(recipe.base, "base")
+    return replace(recipe, base=base, experts=tuple(checked(source, "expert") for source in recipe.experts))
+
+
+@contextmanager
+def _naming(source: Source, role: str) -> Iterator[None]:
+    """CheckpointErrors from inside say which source they are about."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = error.where or f"{role} {source.name}"
+        raise CheckpointError(error.problem, where=where, remedy=error.remedy) from None
+
+
+def load_resident(base_path: str | Path, *, auto_class: str, compute_dtype: str, device: str = "cpu") -> Any:
+    """The base as a transformers model to merge into: in evaluation mode, without gradients, in ``compute_dtype``.
+
+    Args:
+        base_path: a Hugging Face folder (or an id in the local cache).
+        auto_class: a transformers class such as ``AutoModelForCausalLM``.
+        compute_dtype: ``float32``, ``bfloat16``, ...
+
+    Raises EvaluatorError for an unknown class, CheckpointError if the folder lacks a tensor that the class needs (it
+    would be filled at random) or cannot be loaded.
+    """
+    import transformers
+
+    model_class = getattr(transformers, auto_class, None)
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
+        known = [name for name in dir(transformers) if name.startswith("AutoModel")]
+        raise EvaluatorError(f"transformers has no class {auto_class!r}", remedy=nearest(auto_class, known))
+    folder = find_folder(base_path)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=torch_dtype(compute_dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load {folder} as {auto_class}: {error}", remedy="Does the evaluator fit the base?"
+        ) from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {some(missing)}, which {auto_class} needs and would fill at random",
+            remedy="Let the evaluator name a class (auto_class) that the base has all tensors for.",
+        )
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,96 @@
+"""The README.md of an exported merge: what was merged, how, and how well it did, as far as that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from evomerge import __version__
+from evomerge.recipe import Recipe
+
+
+def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """Markdown with a YAML head.
+
+    Args:
+        recipe: what was merged.
+        config: the base's config.json.
+        card: what a study knows; every key may be absent. ``study`` and ``subject`` (names), ``scores`` (split ->
+            {objective, tasks: {task: {score, items}}}), ``metrics`` (task -> metric), ``compute_dtype``, ``libraries``
+            (name -> version).
+    """
+    head = {"library_name": "transformers", "tags": ["merge", "evomerge", recipe.method]}
+    architecture = next(iter(config.get("architectures") or []), config.get("model_type", "model"))
+    title = card.get("study") or "Merged model"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {_cell(title)}",
+        f"A merge of {_count(len(recipe.experts), 'expert')} of one base ({_cell(architecture)}) by `{recipe.method}`, "
+        f"written in {recipe.export_dtype} by evomerge {__version__}."
+        + (f" It is `{_cell(card['subject'])}` of the study." if card.get("subject") else ""),
+        _sources(recipe),
+        _weights(recipe),
+    ]
+    if card.get("scores"):
+        parts.append(_scores(card))
+    facts = [f"Computed in {card['compute_dtype']}."] if card.get("compute_dtype") else []
+    if card.get("libraries"):
+        facts.append("Libraries: " + ", ".join(f"{_cell(n)} {_cell(v)}" for n, v in card["libraries"].items()) + ".")
+    parts += facts
+    parts.append(
+        f"Recipe `{recipe.hash}`: `recipe.yaml` holds all of its numbers, `evomerge merge recipe.yaml` repeats it."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _sources(recipe: Recipe) -> str:
+    rows = [("base", recipe.base)] if recipe.base else []
+    rows += [("expert", source) for source in recipe.experts]
+    return _table(
+        ["role", "name", "SHA-256 of its content"],
+        [[role, source.name, f"`{source.sha256[:16]}`" if source.sha256 else "not taken"] for role, source in rows],
+    )
+
+
+def _weights(recipe: Recipe) -> str:
+    def label(layers: tuple[int, int] | None) -> str:
+        return "all" if layers is None else f"{layers[0]} to {layers[1] - 1}"
+
+    rows = []
+    for group in recipe.groups:
+        params = ", ".join(f"{k} {v}" for k, v in group.params.items())
+        rows.append([label(group.layers), *(f"{weight:.4g}" for weight in group.weights), params])
+    header = ["layers", *(source.name for source in recipe.experts), "parameters"]
+    if not any(group.params for group in recipe.groups):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    settings = {k: v for k, v in recipe.to_dict()["params"].items() if v is not None}
+    shared = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return "Weights:\n\n" + _table(header, rows) + (f"\n\nParameters: {shared}." if shared else "")
+
+
+def _scores(card: Mapping[str, Any]) -> str:
+    rows = []
+    for split, result in card["scores"].items():
+        for task, facts in result["tasks"].items():
+            metric = (card.get("metrics") or {}).get(task, "")
+            rows.append([split, task, metric, f"{facts['score']:.4f}", str(facts.get("items", ""))])
+        rows.append([split, "objective", "", f"{result['objective']:.4f}", ""])
+    return "Scores, by the split they were taken on (the search saw `search`, and chose by `select`):\n\n" + _table(
+        ["split", "task", "metric", "score", "items"], rows
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: object) -> str:
+    """Text that stays inside its cell and is no markup."""
+    return str(text).replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
