@@ -1,0 +1,271 @@
+"""What every merge method must hold to. A plug-in inherits the suite in one line::
+
+    class TestMine(MethodContract):
+        method = Mine()
+
+and pytest runs it. ``settings`` lists the parameter sets that are tried besides the defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from evomerge.errors import MethodError
+from evomerge.methods.base import Method, TensorInfo, check_params
+from evomerge.methods.chunks import CHUNK, merge_chunks
+from evomerge.methods.random import BLOCK
+
+SHAPES = [(), (0, 3), (1,), (7,), (5, 6), (2, 3, 4), (40, 50)]
+
+
+def make_tensors(
+    shape: tuple[int, ...], num_experts: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """A base of standard normal entries, and experts at normal distances of 0.1 from it."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator, dtype=torch.float64)
+    experts = [base + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(num_experts)]
+    return base.to(dtype), [expert.to(dtype) for expert in experts]
+
+
+class MethodContract:
+    """Subclasses name ``method``; they may narrow ``settings`` and say what zero weights give."""
+
+    method: Method
+    settings: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    zero_weights_give_base: ClassVar[bool] = True
+
+    # -- helpers
+
+    def num_experts(self, wanted: int = 3) -> int:
+        fewest, most = self.method.num_experts
+        return max(fewest, wanted if most is None else min(wanted, most))
+
+    def weights(self, count: int) -> list[float]:
+        """Different, positive, none of them 1."""
+        return [0.2 + 0.15 * t for t in range(count)]
+
+    def all_settings(self) -> list[dict[str, Any]]:
+        return [check_params(self.method.name, self.method, params) for params in ({}, *self.settings)]
+
+    def merge(self, base: Tensor | None, experts: Sequence[Tensor], *, state: Any = None, **options: Any) -> Tensor:
+        """The whole tensor, prepared with all parameters fixed."""
+        options.setdefault("weights", self.weights(len(experts)))
+        info = TensorInfo("layer.weight", shape=tuple(experts[0].shape))
+        params = {k: v for k, v in options.items() if k in self.method.params}
+        if state is None:
+            state = self.method.prepare([(info, base, experts)], **check_params("", self.method, params))
+        return self.method.merge(base, experts, info=info, state=state, **options)
+
+    # -- facts
+
+    def test_declares_itself(self) -> None:
+        method = self.method
+        assert method.name and method.summary and method.reference
+        for name, param in {**method.params, "weight": method.weight}.items():
+            assert param.meaning, name
+            assert param.check(name, param.default, method.name) == param.default
+        assert not method.factors  # factors come with the first method that takes them
+
+    # -- numbers
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_keeps_shape_and_is_finite(self, shape: tuple[int, ...]) -> None:
+        base, experts = make_tensors(shape, self.num_experts())
+        for params in self.all_settings():
+            merged = self.merge(base, experts, **params)
+            assert merged.shape == shape
+            assert torch.isfinite(merged).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_arithmetic_is_in_the_wider_of_float32_and_storage(self, dtype: torch.dtype) -> None:
+        base, experts = make_tensors((9, 11), self.num_experts(), dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        for params in self.all_settings():
+            merged = self.merge(base, experts, **params)
+            assert merged.dtype == wide
+            # Widening is exact, so merging the widened tensors is the same merge.
+            same = self.merge(base.to(wide), [expert.to(wide) for expert in experts], **params)
+            assert torch.equal(merged, same)
+
+    def test_mixed_dtypes(self) -> None:
+        base, experts = make_tensors((9, 11), self.num_experts(), dtype=torch.bfloat16)
+        widened = [experts[0].to(torch.float32), *experts[1:]]
+        for params in self.all_settings():
+            assert torch.equal(self.merge(base, widened, **params), self.merge(base, experts, **params))
+
+    def test_inputs_are_neither_changed_nor_returned(self) -> None:
+        base, experts = make_tensors((5, 8), self.num_experts())
+        before = [tensor.clone() for tensor in (base, *experts)]
+        one_hot = [1.0, *[0.0] * (len(experts) - 1)]
+        for params in self.all_settings():
+            for weights in (self.weights(len(experts)), one_hot):
+                merged = self.merge(base, experts, weights=weights, **params)
+                merged.fill_(math.nan)
+                assert all(torch.equal(*pair) for pair in zip((base, *experts), before, strict=True))
+            merged = self.merge(base, [base] * len(experts), **params)
+            merged.fill_(math.nan)
+            assert torch.equal(base, before[0])
+
+    def test_same_call_same_bits_and_no_global_random_state(self) -> None:
+        base, experts = make_tensors((30, 30), self.num_experts())
+        torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+        for params in self.all_settings():
+            first = self.merge(base, experts, seed=5, **params)
+            torch.manual_seed(99)
+            assert torch.equal(first, self.merge(base, experts, seed=5, **params))
+            torch.set_rng_state(torch_state)
+            self.merge(base, experts, seed=6, **params)
+            assert torch.equal(torch.get_rng_state(), torch_state)
+            assert (np.random.get_state()[1] == numpy_state).all()  # type: ignore[index]
+
+    def test_strides_do_not_matter(self) -> None:
+        base, experts = make_tensors((31, 17), self.num_experts())
+        transposed = [tensor.t().contiguous().t() for tensor in (base, *experts)]
+        assert not transposed[0].is_contiguous()
+        for params in self.all_settings():
+            assert torch.equal(self.merge(transposed[0], transposed[1:], **params), self.merge(base, experts, **params))
+
+    # -- slices
+
+    def test_slices_equal_the_whole(self) -> None:
+        shape = (3, BLOCK - 7)
+        base, experts = make_tensors(shape, self.num_experts())
+        info = TensorInfo("layer.weight", shape=shape)
+        weights = self.weights(len(experts))
+        cuts = [0, 1, 1000, BLOCK - 1, BLOCK + 1, 2 * BLOCK, base.numel()]
+        for params in self.all_settings():
+            state = self.method.prepare([(info, base, experts)], **params)
+            options: dict[str, Any] = {"weights": weights, "state": state, "seed": 3, **params}
+            whole = self.method.merge(base, experts, info=info, **options).reshape(-1)
+            if not self.method.chunked_with(state, **params):
+                continue
+            for start, stop in pairwise(cuts):
+                part = [tensor.reshape(-1)[start:stop] for tensor in (base, *experts)]
+                piece = self.method.merge(part[0], part[1:], info=replace(info, start=start), **options)
+                assert torch.equal(piece, whole[start:stop])
+
+    def test_without_state_a_whole_tensor_does_and_a_slice_is_right_or_refused(self) -> None:
+        base, experts = make_tensors((20, 30), self.num_experts())
+        info = TensorInfo("layer.weight", shape=(20, 30))
+        weights = self.weights(len(experts))
+        for params in self.all_settings():
+            if params.get("scope") == "model":  # one tensor cannot know the model's threshold
+                with pytest.raises(MethodError):
+                    self.method.merge(base, experts, weights=weights, info=info, **params)
+                continue
+            whole = self.method.merge(base, experts, weights=weights, info=info, **params)
+            assert torch.equal(whole, self.merge(base, experts, weights=weights, **params))
+            part = [tensor.reshape(-1)[100:200] for tensor in (base, *experts)]
+            sliced = replace(info, start=100)
+            if self.method.chunked_with(None, **params):
+                piece = self.method.merge(part[0], part[1:], weights=weights, info=sliced, **params)
+                assert torch.equal(piece, whole.reshape(-1)[100:200])
+            else:
+                with pytest.raises(MethodError):
+                    self.method.merge(part[0], part[1:], weights=weights, info=sliced, **params)
+
+    def test_merge_chunks_gives_the_whole(self) -> None:
+        shape = (CHUNK + 100, 2)
+        base, experts = make_tensors(shape, self.num_experts())
+        info = TensorInfo("layer.weight", shape=shape)
+        weights = self.weights(len(experts))
+        for params in self.all_settings():
+            whole = self.merge(base, experts, seed=4, **params).reshape(-1)
+            ready = self.method.prepare([(info, base, experts)], **params)
+            # Whether it is prepared, or (all parameters may vary) has to find out itself.
+            for state in [ready] if params.get("scope") == "model" else [ready, None]:
+                at = 0
+                pieces = merge_chunks(
+                    self.method, base, experts, weights=weights, info=info, state=state, seed=4, params=params
+                )
+                for start, piece in pieces:
+                    assert start == at
+                    assert torch.equal(piece, whole[start : start + piece.numel()])
+                    at += piece.numel()
+                assert at == whole.numel()
+
+    # -- identities
+
+    def test_zero_weights_give_the_base(self) -> None:
+        """DESIGN's truth 1 for methods of the form base + sum w f(tau): to the bit, -0.0 included."""
+        if not self.zero_weights_give_base:
+            pytest.skip("not of the form base + sum w f(tau)")
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            base, experts = make_tensors((20, 20), self.num_experts(), dtype=dtype)
+            base[0, 0] = -0.0
+            for params in self.all_settings():
+                merged = self.merge(base, experts, weights=[0.0] * len(experts), **params)
+                assert torch.equal(merged, base.to(merged.dtype))
+                assert torch.equal(merged.signbit(), base.signbit())
+
+    def test_experts_that_are_the_base_leave_it(self) -> None:
+        base, experts = make_tensors((12, 5), self.num_experts())
+        for params in self.all_settings():
+            if self.method.keeps_base:
+                assert torch.equal(self.merge(base, [base] * len(experts), **params), base)
+            # The object is a short cut, not another meaning: equal numbers give the same.
+            mixed = [base, *experts[1:]]
+            equal = [base.clone(), *experts[1:]]
+            torch.testing.assert_close(self.merge(base, mixed, **params), self.merge(base, equal, **params))
+
+    def test_zero_task_vectors_stay_finite_and_give_the_base(self) -> None:
+        if not self.method.keeps_base:
+            pytest.skip("does not keep the base")
+        base, experts = make_tensors((12, 5), self.num_experts())
+        for tensor in (base, torch.zeros_like(base)):
+            for params in self.all_settings():
+                merged = self.merge(tensor, [tensor.clone() for _ in experts], **params)
+                torch.testing.assert_close(merged, tensor)
+
+    def test_a_weight_of_zero_leaves_an_expert_out(self) -> None:
+        fewest, most = self.method.num_experts
+        if most is not None and most <= fewest:
+            pytest.skip("takes a fixed number of experts")
+        base, experts = make_tensors((20, 20), 3)
+        for params in self.all_settings():
+            without = self.merge(base, experts[:2], weights=[0.5, 0.7], **params)
+            assert torch.equal(self.merge(base, experts, weights=[0.5, 0.7, 0.0], **params), without)
+
+    def test_is_linear_is_true(self) -> None:
+        base, experts = make_tensors((20, 20), self.num_experts(), dtype=torch.float64)
+        count = len(experts)
+        here, there = self.weights(count), [1.1 - 0.3 * t for t in range(count)]
+        middle = [0.25 * a + 0.75 * b for a, b in zip(here, there, strict=True)]
+        for params in self.all_settings():
+            if self.method.is_linear(**params):
+                ends = [self.merge(base, experts, weights=weights, **params) for weights in (here, there)]
+                between = self.merge(base, experts, weights=middle, **params)
+                torch.testing.assert_close(between, 0.25 * ends[0] + 0.75 * ends[1], rtol=1e-12, atol=1e-12)
+
+    # -- refusals
+
+    def test_refuses_what_it_does_not_take(self) -> None:
+        base, experts = make_tensors((4,), self.num_experts())
+        weights = self.weights(len(experts))
+        with pytest.raises(MethodError, match="weight"):
+            self.merge(base, experts, weights=weights[:-1])
+        with pytest.raises(MethodError, match="weights"):
+            self.merge(base, experts, weights=[math.nan, *weights[1:]])
+        info = TensorInfo("w", shape=(4,))
+        with pytest.raises(MethodError, match="no parameter"):
+            self.method.merge(base, experts, weights=weights, info=info, no_such_parameter=1)
+        if self.method.needs_base:
+            with pytest.raises(MethodError, match="base"):
+                self.method.merge(None, experts, weights=weights, info=info)
+        fewest, most = self.method.num_experts
+        with pytest.raises(MethodError, match="experts"):
+            self.method.merge(base, experts[: fewest - 1], weights=weights[: fewest - 1], info=info)
+        if most is not None:
+            many = make_tensors((4,), most + 1)[1]
+            with pytest.raises(MethodError, match="experts"):
+                self.method.merge(base, many, weights=self.weights(most + 1), info=info)

@@ -1,0 +1,64 @@
+"""Random inputs for the methods' tests: float64 tensors, some of them on a coarse grid so that ties and zeros occur."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from numpy.typing import ArrayLike
+
+from evomerge.methods import METHODS
+from evomerge.methods.base import TensorInfo
+
+
+@dataclass
+class Family:
+    """A base, T experts and their weights, as float64 arrays for references and as tensors for methods."""
+
+    base: np.ndarray
+    experts: list[np.ndarray]
+    weights: list[float]
+    name: str = "model.layers.0.mlp.up_proj.weight"
+
+    def merge(self, method: str, *, seed: int = 0, **params) -> np.ndarray:
+        merged = METHODS[method].merge(
+            torch.tensor(self.base),
+            [torch.tensor(expert) for expert in self.experts],
+            weights=self.weights,
+            info=self.info,
+            seed=seed,
+            **params,
+        )
+        assert merged.dtype == torch.float64
+        return merged.numpy()
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.name, shape=self.base.shape)
+
+    @property
+    def taus(self) -> list[np.ndarray]:
+        return [expert - self.base for expert in self.experts]
+
+
+@st.composite
+def families(draw, *, fewest: int = 1, most: int = 5, low: float = -2.0) -> Family:
+    """Grid families have dyadic entries and weights: their sums are exact, so a sign is never a matter of rounding."""
+    shape = tuple(draw(st.lists(st.integers(1, 12), min_size=0, max_size=3)))
+    count = draw(st.integers(fewest, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    base = rng.standard_normal(shape)
+    experts = [base + rng.standard_normal(shape) * rng.choice([0.01, 0.1, 1.0]) for _ in range(count)]
+    weight = st.floats(low, 2.0, allow_nan=False, allow_subnormal=False)
+    if draw(st.booleans()):
+        base, *experts = (np.round(array * 2) / 2 for array in (base, *experts))
+        weight = st.integers(int(low * 4), 8).map(lambda quarters: quarters / 4)
+    weights = draw(st.lists(weight, min_size=count, max_size=count))
+    return Family(np.asarray(base), [np.asarray(expert) for expert in experts], weights)
+
+
+def assert_close(actual: ArrayLike, expected: ArrayLike) -> None:
+    """Equal to 1e-10: the arithmetic is float64 on both sides."""
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,58 @@
+"""Every method in METHODS holds to the contract that plug-ins inherit."""
+
+from __future__ import annotations
+
+from evomerge.methods import METHODS
+from evomerge.testing.methods import MethodContract
+
+
+class TestLinear(MethodContract):
+    method = METHODS["linear"]
+    settings = ({"normalize": False},)
+    zero_weights_give_base = False
+
+
+class TestTaskArithmetic(MethodContract):
+    method = METHODS["task_arithmetic"]
+    settings = ({"scale": 0.7}, {"scale": -1.0}, {"scale": 0.0})
+
+
+class TestTies(MethodContract):
+    method = METHODS["ties"]
+    settings = (
+        {"density": 1.0},
+        {"density": 0.5, "mode": "sum", "scale": 0.3},
+        {"density": 0.01, "normalize": True},
+        {"density": 0.5, "scope": "model"},
+        {"scale": 0.0},
+    )
+
+
+class TestDareLinear(MethodContract):
+    method = METHODS["dare_linear"]
+    settings = ({"density": 0.1, "scale": 0.5}, {"density": 1.0}, {"density": 0.3, "rescale": "l1"})
+
+
+class TestDareTies(MethodContract):
+    method = METHODS["dare_ties"]
+    settings = (
+        {"density": 0.1, "mode": "sum"},
+        {"density": 1.0, "normalize": True},
+        {"density": 0.3, "rescale": "l1", "scale": 0.5},
+    )
+
+
+class TestSlerp(MethodContract):
+    method = METHODS["slerp"]
+    settings = ({"t": 0.0}, {"t": 0.3}, {"t": 1.0})
+    zero_weights_give_base = False
+
+
+class TestRandomVectors(MethodContract):
+    method = METHODS["random_vectors"]
+    settings = ({"scale": 0.5},)
+
+
+def test_every_method_is_under_the_contract() -> None:
+    held = {suite.method.name for suite in MethodContract.__subclasses__() if suite.__module__ == __name__}
+    assert held == set(METHODS)
