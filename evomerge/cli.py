@@ -311,10 +311,10 @@ def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int) -
     from evomerge.exporting import export as write
     from evomerge.merging import verify_sources
     from evomerge.progress import Progress
-    from evomerge.worker import apply_threads
+    from evomerge.worker import settle
 
     progress = Progress()
-    apply_threads(threads)
+    settle(threads=threads)
     recipe = verify_sources(recipe)
     with progress.stage("writing", 1, unit="B") as stage:
 

@@ -186,7 +186,7 @@ def run_study(spec: Spec, options: Options, progress: Progress, *, must_exist: b
         runner = Runner(plan, store, pool_factory(plan, options), stop, progress, plan.spec.workers.retries)
         with stop.installed(progress.log):
             try:
-                Study(plan, store, runner, progress, budget=budget, seconds=options.seconds).run()
+                Study(plan, store, runner, progress, budget=budget, seconds=options.seconds or plan.spec.search.seconds).run()
             finally:
                 runner.close()
     return store

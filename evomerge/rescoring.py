@@ -15,7 +15,7 @@ from evomerge.merging import Merger, load_resident, open_sources
 from evomerge.planning import Plan
 from evomerge.recipe import Recipe
 from evomerge.store import Store
-from evomerge.worker import apply_threads
+from evomerge.worker import settle
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
         UserError: ``target`` is neither a checkpoint nor a recipe, or does not fit the experiment.
     """
     spec = plan.spec
-    apply_threads(plan.worker.threads)
+    settle(threads=plan.worker.threads, device=plan.worker.device)
     if target.is_dir():
         check_tokenizers(open_checkpoint(target), [open_checkpoint(spec.base_path)])
         model = load_resident(

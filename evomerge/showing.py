@@ -10,7 +10,7 @@ import yaml
 
 from evomerge.errors import MethodError, StudyError, nearest
 from evomerge.launch import Options, storage_of
-from evomerge.leaderboard import choose_winner
+from evomerge.leaderboard import find_winner
 from evomerge.planning import Plan
 from evomerge.progress import clock, size
 from evomerge.recipe import Recipe
@@ -32,7 +32,7 @@ def resolve_subject(store: Store, name: str) -> tuple[str, Recipe]:
         StudyError: the study has no such trial, or no winner yet.
     """
     if name == "best":
-        winner = choose_winner(store.evaluations(split="select"))
+        winner = find_winner(store.record, store.evaluations())
         if winner is None:
             raise StudyError(
                 "the study has no winner yet: its finish stage has not run",

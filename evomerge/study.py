@@ -200,7 +200,7 @@ class Study:
         finalists = self.finalists()
         self._evaluate("best candidates on search", "search", finalists)
         self._evaluate("controls and best on select", "select", controls | finalists)
-        winner = choose_winner(self.store.evaluations(split="select"))
+        winner = choose_winner(self.store.evaluations())
         if winner is None:
             raise NothingCompleted("no candidate could be evaluated on the select items")
         self._evaluate("winner and controls on test", "test", controls | {winner.subject: Recipe.from_dict(winner.recipe)})
