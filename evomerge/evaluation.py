@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of an experiment file. ``metric=None`` is the evaluator's default; ``options`` are the evaluator's own."""
+    """One task of an experiment file. ``metric=None``: the evaluator's default; ``options`` are the evaluator's own."""
 
     name: str
     weight: float = 1.0
@@ -154,9 +154,9 @@ class FunctionEvaluator(Evaluator):
 
     The file holds ``score(model, tokenizer, items) -> list[float]``, one finite number an item, higher is better, and
     ``items() -> list[dict]``. An item is plain JSON data with a ``task`` and, if wanted, a ``text`` (what duplicates
-    are found by; else all of its data), an ``id`` (else the hash of its data) and a ``split`` (the data's own). ``score``
-    is always called with whole batches of one task and split, in an order that depends on nothing but the study's
-    items. A module-level ``auto_class = "AutoModel"`` names another transformers class to load the model with.
+    are found by; else all of its data), an ``id`` (else the hash of its data) and a ``split`` (the data's own).
+    ``score`` is always called with whole batches of one task and split, in an order that depends on nothing but the
+    study's items. A module-level ``auto_class = "AutoModel"`` names another transformers class to load the model with.
     """
 
     def __init__(self, context: EvaluatorContext, module: ModuleType, name: str):

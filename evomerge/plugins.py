@@ -1,4 +1,4 @@
-"""Python files of the user's: run under a private name, with errors that name the line; hashed with what they import."""
+"""A user's Python files: run under a private name, errors that name the line, hashed with what they import."""
 
 from __future__ import annotations
 

@@ -1,12 +1,7 @@
 """Token scoring and greedy generation for causal language models: the engine under the evaluators.
 
 A question is one context and its continuations. A batch runs its contexts once, left-padded, and scores every
-continuation on top of their key/value cache; a continuation of one token needs no second pass at all. Which questions
-share a batch is a function of their sizes and ids alone (``batch_layout``), and whoever asks for some of them runs the
-whole batches that hold them (``covering``): so a result never depends on what else was asked for.
-
-Tokenisation and truncation follow lm-evaluation-harness (``lm_eval.models.huggingface.HFLM``, 0.4.13): spaces at the
-end of a context move to its continuation, and what is too long is cut from the left.
+continuation on top of their key/value cache; a continuation of one token needs no second pass at all.
 """
 
 from __future__ import annotations
@@ -14,14 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError, EvaluatorError
+from evomerge.errors import CandidateError
 
 LOGIT_BUDGET = 2**26  # logits held at a time: 256 MiB in float32
 CACHE_SLOTS = 2**15  # key/value slots (rows x tokens) that copies of the context's cache may fill
@@ -46,95 +41,6 @@ class Scored:
 
     loglikelihood: float
     is_greedy: bool
-
-
-def batch_layout(sizes: Mapping[str, int], batch_size: int) -> tuple[tuple[str, ...], ...]:
-    """Which keys run together: sorted by size (longest first, so that memory runs out early or never), ties by key."""
-    keys = sorted(sizes, key=lambda key: (-sizes[key], key))
-    return tuple(tuple(keys[i : i + batch_size]) for i in range(0, len(keys), batch_size))
-
-
-def covering(layout: Iterable[Sequence[str]], wanted: Collection[str]) -> list[Sequence[str]]:
-    """The whole batches that hold at least one of ``wanted``, in layout order."""
-    return [batch for batch in layout if any(key in wanted for key in batch)]
-
-
-# Tokens
-
-
-def prefix_token(tokenizer: Any) -> int:
-    """What an empty context is replaced by: the tokenizer's BOS, or its EOS."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
-def max_length(model: Any, tokenizer: Any) -> int:
-    """The model's context length in tokens, by its config, else its tokenizer, else 2048."""
-    config = getattr(model.config, "text_config", None) or model.config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if (value := getattr(config, name, None)) is not None:
-            return int(value)
-    length = getattr(tokenizer, "model_max_length", None)
-    return int(length) if length is not None and length < 10**9 else 2048
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with the tokenizer's own special tokens, unless ``text`` already starts with the prefix token."""
-    if text.startswith(tokenizer.decode(prefix_token(tokenizer))):
-        return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode(text)
-
-
-def encode_pair(
-    tokenizer: Any, context: str, continuation: str, length: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of a context and its continuation, cut from the left to ``length`` inputs.
-
-    Raises:
-        EvaluatorError: the continuation is empty or alone longer than ``length`` tokens.
-    """
-    if context == "":
-        right = tokenizer.encode(continuation, add_special_tokens=False)
-        left = [prefix_token(tokenizer)]
-        if right[:1] == left:
-            right = right[1:]
-    else:
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            continuation = context[-spaces:] + continuation
-            context = context[:-spaces]
-        left = encode(tokenizer, context) if context else [prefix_token(tokenizer)]
-        right = (
-            encode(tokenizer, context + continuation)[len(left) :]
-            if context
-            else tokenizer.encode(continuation, add_special_tokens=False)
-        )
-    if not right:
-        raise EvaluatorError(f"the continuation {continuation!r} of {context[-40:]!r} has no tokens of its own")
-    if len(right) > length:
-        raise EvaluatorError(
-            f"the continuation {continuation[:40]!r}... has {len(right)} tokens, more than the model's {length}"
-        )
-    left = left[max(0, len(left) + len(right) - (length + 1)) :]
-    return tuple(left), tuple(right)
-
-
-def rolling_windows(tokens: Sequence[int], prefix: int, length: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Disjoint (context, continuation) windows that together predict every one of ``tokens`` once.
-
-    Each window has ``length`` inputs at most; the first is conditioned on ``prefix``, later ones on as much of the
-    text before them as fits (``lm_eval.utils.get_rolling_token_windows`` with a context of one token).
-    """
-    windows = []
-    for start in range(0, len(tokens), length):
-        stop = min(start + length, len(tokens))
-        if start == 0:
-            windows.append(((prefix,), tuple(tokens[:stop])))
-        else:
-            windows.append((tuple(tokens[stop - length - 1 : start]), tuple(tokens[start:stop])))
-    return windows
-
-
-# The model
 
 
 @functools.lru_cache(maxsize=16)
@@ -201,9 +107,6 @@ def _token_scores(logits: Tensor, targets: Tensor) -> tuple[list[float], list[bo
 def _rows_at_a_time(logits_a_row: int, slots_a_row: int = 0, least: int = 1) -> int:
     fit = max(1, LOGIT_BUDGET // logits_a_row)
     return min(fit, max(least, CACHE_SLOTS // slots_a_row)) if slots_a_row else fit
-
-
-# Log-likelihood
 
 
 @torch.no_grad()
@@ -293,9 +196,6 @@ def _tail_logits(model: Any, cache: Any, mask: Tensor, part: Sequence[tuple[int,
     return _logits(
         model, ids, torch.cat([mask[rows], torch.ones_like(ids)], 1), cache=_cache_rows(cache, rows), keep=width
     )
-
-
-# Generation
 
 
 @torch.no_grad()

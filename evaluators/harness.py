@@ -1,0 +1,116 @@
+"""lm-evaluation-harness tasks as an evaluator.
+
+    evaluate:
+      with: evaluators/harness.py
+      include_path: tasks            # folder(s) of task YAML, from the experiment's folder; lm-eval's own come after
+      tasks:
+        add: {}
+        gsm5: {task: gsm8k, num_fewshot: 5, limit: 2000, metric: "exact_match,strict-match"}
+
+Documents, prompts, few-shot examples, filters and per-item metrics are lm-eval's own (its Task API: fewshot_context,
+construct_requests, process_results); only the model is run by evomerge's engine. Few-shot examples are drawn as
+``lm_eval.simple_evaluate`` draws them with its default seed, so the prompts are the same as its, with one exception:
+examples never come from items of this study, nor from documents with the same text.
+
+Items are the documents of a task's validation and test splits (``data_splits`` names others; ``split: {search:
+validation, test: test}`` keeps them apart). Scores are higher-is-better: a metric that is not is refused; instead of
+perplexities there are the log-likelihoods they are made of, which order models the other way round:
+
+    perplexity                      loglikelihood            mean of the items' log-likelihoods (nats)
+    word_perplexity                 loglikelihood_per_word   weighted by the items' words
+    byte_perplexity, bits_per_byte  loglikelihood_per_byte   weighted by the items' bytes
+
+Multiple-choice items also have ``loglikelihood`` (of the right choice) and ``margin`` (that less the best wrong
+choice's: above 0 where it is right, near 0 at a tie), both finer than accuracy.
+
+A task's options: ``task`` (lm-eval's name or a YAML file, if not the experiment's name for it), ``num_fewshot``,
+``limit`` (the first so many documents of each data split), ``metric``, ``weight``, ``data_splits`` (of test,
+validation, train), ``apply_chat_template``, ``system_instruction``, ``fewshot_as_multiturn``, ``generation_kwargs``,
+``confirm_run_unsafe_code``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from evomerge import Evaluator, EvaluatorContext, HarnessTask, Item, Outcome, Questionnaire, Target, harness_tasks
+
+
+class Harness(Evaluator):
+    """lm-eval tasks; see the top of this file for what an experiment may say."""
+
+    def __init__(self, context: EvaluatorContext):
+        super().__init__(context)
+        self._items: dict[str, Item] = {}
+        self._instances: dict[str, list[Any]] = {}  # lm-eval's requests of each item
+        self._questions: dict[tuple[str, str], Questionnaire] = {}  # of each task and split
+
+    @functools.cached_property
+    def _tasks(self) -> dict[str, HarnessTask]:
+        return harness_tasks(self.context)
+
+    def load(self) -> list[Item]:
+        return [item for task in self._tasks.values() for item in task.items()]
+
+    def check(self, items: Sequence[Item]) -> None:
+        for name, task in self._tasks.items():
+            task.separate_fewshot([item for item in items if item.task == name])
+
+    def prepare(self, target: Target, items: Sequence[Item]) -> None:
+        self.check(items)
+        self._items = {item.id: item for item in items}
+        self._instances, self._questions = {}, {}
+        for name, task in self._tasks.items():
+            mine = [item for item in items if item.task == name]
+            instances = task.instances(mine, target.tokenizer)
+            self._instances |= instances
+            most, stop = task.generation
+            for item in mine:
+                key = (name, item.split or "")
+                if key not in self._questions:
+                    self._questions[key] = Questionnaire(
+                        target.model,
+                        target.tokenizer,
+                        batch_size=self.context.batch_size,
+                        max_tokens=most,
+                        stop=stop,
+                    )
+                task.ask(self._questions[key], item, instances[item.id])
+
+    def evaluate(self, target: Target, item_ids: Sequence[str]) -> list[Outcome]:
+        wanted: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for item_id in item_ids:
+            item = self._items[item_id]
+            wanted[item.task, item.split or ""].append(item_id)
+        outcomes = {}
+        for (name, split), ids in wanted.items():
+            for item_id, answers in self._questions[name, split].answers(target.model, ids).items():
+                outcomes[item_id] = self._tasks[name].outcome(item_id, self._instances[item_id], answers)
+        return [outcomes[item_id] for item_id in item_ids]
+
+    def metric(self, task: str) -> str:
+        return self._tasks[task].metric
+
+    def default_metric(self, task: str) -> str:
+        return self._tasks[task].default_metric
+
+    def is_item_mean(self, task: str) -> bool:
+        return self.metric(task) not in self._tasks[task].aggregations
+
+    def aggregate(self, task: str, outcomes: Sequence[Outcome]) -> float:
+        """The weighted mean, or what the task's YAML names as its metric's aggregation."""
+        if self.is_item_mean(task):
+            return super().aggregate(task, outcomes)
+        metric = self.metric(task)
+        return float(self._tasks[task].aggregations[metric]([o.values[metric] for o in outcomes]))
+
+    def fingerprint(self) -> dict[str, str]:
+        """This file, the tasks' YAML and Python, their documents, and lm-eval's version."""
+        files = {file for task in self._tasks.values() for file in task.files}
+        data = {f"data of task {name}": task.data_hash() for name, task in self._tasks.items()}
+        version = {"lm-eval": importlib.metadata.version("lm-eval")}
+        return {**super().fingerprint(), **self.hash_files(sorted(files)), **data, **version}

@@ -1,0 +1,121 @@
+"""What every evaluator must hold, as tests that a plug-in's author inherits.
+
+    class TestMine(EvaluatorContract):
+        @pytest.fixture
+        def case(self, ...):
+            return EvaluatorCase(make=lambda: load_evaluator("mine.py", context), target=Target(model, tokenizer),
+                                 split={"search": 8, "select": 8, "test": 8})
+
+Give it a batch size smaller than a split, so that a split has several batches.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.evaluation import Evaluator, Item, Outcome, Target, assign_splits, check_outcomes, task_scores
+
+
+@dataclass(frozen=True)
+class EvaluatorCase:
+    """An evaluator to try: how to make it anew, what it looks at, and how its items are split."""
+
+    make: Callable[[], Evaluator]
+    target: Target
+    split: Mapping[str, Any]
+
+    def prepared(self) -> tuple[Evaluator, list[Item]]:
+        """A new evaluator, ready to evaluate, and the study's items."""
+        evaluator = self.make()
+        items = assign_splits(evaluator.load(), self.split, seed=0)
+        evaluator.check(items)
+        evaluator.prepare(self.target, items)
+        return evaluator, items
+
+
+def _outcomes(evaluator: Evaluator, target: Target, ids: list[str]) -> dict[str, Outcome]:
+    outcomes = evaluator.evaluate(target, ids)
+    check_outcomes(outcomes, ids)
+    return {outcome.item_id: outcome for outcome in outcomes}
+
+
+class EvaluatorContract:
+    """Inherit and provide the fixture ``case``."""
+
+    @pytest.fixture
+    def case(self) -> EvaluatorCase:
+        raise NotImplementedError("provide the fixture `case`")
+
+    def test_loading_twice_gives_the_same_items(self, case: EvaluatorCase) -> None:
+        assert case.make().load() == case.make().load()
+
+    def test_ids_are_unique_and_tasks_are_the_experiments(self, case: EvaluatorCase) -> None:
+        evaluator = case.make()
+        items = evaluator.load()
+        assert len({item.id for item in items}) == len(items) > 0
+        assert {item.task for item in items} == set(evaluator.context.tasks)
+
+    def test_outcomes_are_finite_and_in_the_order_asked_for(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        ids = [item.id for item in items if item.split == "search"]
+        random.Random(1).shuffle(ids)
+        outcomes = evaluator.evaluate(case.target, ids)
+        check_outcomes(outcomes, ids)
+        for item in items:
+            metric = evaluator.metric(item.task)
+            assert all(metric in o.values for o in outcomes if o.item_id == item.id)
+
+    def test_an_outcome_does_not_depend_on_what_else_is_asked_for(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        ids = [item.id for item in items]
+        together = _outcomes(evaluator, case.target, ids)
+        for some in (ids[:1], ids[-1:], ids[1::3], list(reversed(ids[::2]))):
+            assert _outcomes(evaluator, case.target, some) == {i: together[i] for i in some}
+
+    def test_evaluating_again_is_the_same_bit_for_bit(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        ids = [item.id for item in items if item.split == "search"]
+        assert _outcomes(evaluator, case.target, ids) == _outcomes(evaluator, case.target, ids)
+
+    def test_another_worker_gives_the_same_bit_for_bit(self, case: EvaluatorCase) -> None:
+        (first, items), (second, again) = case.prepared(), case.prepared()
+        assert items == again
+        ids = [item.id for item in items if item.split == "select"]
+        assert _outcomes(first, case.target, ids) == _outcomes(second, case.target, ids)
+
+    def test_global_random_state_has_no_effect(self, case: EvaluatorCase) -> None:
+        results = []
+        state = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for seed in (1, 2):
+                    random.seed(seed)
+                    np.random.seed(seed)
+                    torch.manual_seed(seed)
+                    evaluator, items = case.prepared()
+                    ids = [item.id for item in items if item.split == "search"]
+                    results.append(_outcomes(evaluator, case.target, ids))
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+        assert results[0] == results[1]
+
+    def test_every_task_has_a_finite_score(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        search = [item for item in items if item.split == "search"]
+        scores = task_scores(evaluator, search, evaluator.evaluate(case.target, [item.id for item in search]))
+        assert set(scores) == set(evaluator.context.tasks)
+        assert all(math.isfinite(score) for score in scores.values())
+
+    def test_the_fingerprint_is_there_and_stays(self, case: EvaluatorCase) -> None:
+        first = case.make().fingerprint()
+        assert first
+        assert first == case.make().fingerprint()

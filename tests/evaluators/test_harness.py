@@ -1,0 +1,400 @@
+"""evaluators/harness.py against lm_eval.simple_evaluate on the same tiny model and tasks."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from evomerge.errors import EvaluatorError
+from evomerge.evaluation import (
+    Evaluator,
+    EvaluatorContext,
+    Item,
+    Outcome,
+    Target,
+    TaskSpec,
+    assign_splits,
+    load_evaluator,
+)
+from evomerge.testing.evaluators import EvaluatorCase, EvaluatorContract
+
+HARNESS = Path(__file__).parents[2] / "evaluators" / "harness.py"
+TOLERANCE = 1e-4  # nats: padding and batching move logits by about 1e-6
+SPLIT = {"search": 12, "select": 12, "test": 12}
+ITEMS = 40
+MC = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "label",
+}
+
+
+@pytest.fixture(scope="module")
+def target(lora_family: Path) -> Target:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(lora_family / "base", dtype=torch.float32).eval()
+    return Target(model, AutoTokenizer.from_pretrained(lora_family / "base"))
+
+
+def words(generator: random.Random, least: int, most: int) -> str:
+    return " ".join(
+        "".join(generator.choices("abcdeghiklmnorstu", k=generator.randint(2, 6)))
+        for _ in range(generator.randint(least, most))
+    )
+
+
+@pytest.fixture(scope="module")
+def tasks_folder(tmp_path_factory: pytest.TempPathFactory, target: Target) -> Path:
+    """Six tasks as YAML on JSON: what a user's own folder of tasks looks like."""
+    folder = tmp_path_factory.mktemp("tasks")
+    draw = random.Random(5)
+
+    def rows(n: int) -> list[dict[str, Any]]:
+        made = []
+        for i in range(n):
+            choices = [words(draw, 1, 3) for _ in range(4)]
+            made.append(
+                {
+                    "question": f"{words(draw, 2, 7)} {i}?",
+                    "choices": choices,
+                    "label": i % 4,
+                    "text": words(draw, 5, 90),
+                }
+            )
+        return made
+
+    def greedy(prompt: str) -> str:
+        ids = torch.tensor([target.tokenizer(prompt)["input_ids"]])
+        made = target.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
+        )
+        return target.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+    data = {"test": rows(ITEMS), "validation": rows(14), "train": rows(20)}
+    for i, row in enumerate(data["test"] + data["validation"]):
+        row["answer"] = greedy(row["question"]) if i % 2 else "no"  # a random model would never be right by itself
+    for row in data["train"]:
+        row["answer"] = "yes"
+    for split, made in data.items():
+        (folder / f"{split}.json").write_text(json.dumps(made))
+
+    def task(name: str, *, splits: tuple[str, ...] = ("test",), **config: Any) -> None:
+        files = {split: str(folder / f"{split}.json") for split in data}
+        config = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, **config}
+        config |= {f"{'training' if split == 'train' else split}_split": split for split in splits}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+
+    def metrics(*names: str, better: bool = True) -> list[dict[str, Any]]:
+        return [{"metric": n, "aggregation": "mean", "higher_is_better": better} for n in names]
+
+    generation = {"until": ["z", "q "], "max_gen_toks": 5, "do_sample": False, "temperature": 0.0}
+    task("choice", **MC, metric_list=metrics("acc", "acc_norm"))
+    task("shots", **MC, metric_list=metrics("acc"), fewshot_split="train", num_fewshot=2, description="Pick one.\n")
+    task(
+        "blank",  # the choices are the contexts, as in winogrande
+        output_type="multiple_choice", doc_to_text="label", doc_to_choice="{{choices}}", doc_to_target="question",
+        metric_list=metrics("acc"),
+    )  # fmt: skip
+    task(
+        "write",
+        output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{answer}}", generation_kwargs=generation,
+        metric_list=metrics("exact_match"),
+    )  # fmt: skip
+    first = [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]
+    task(
+        "filtered",
+        output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{answer[:1]}}",
+        generation_kwargs=generation, metric_list=metrics("exact_match"), target_delimiter="",
+        filter_list=[{"name": "all", "filter": [{"function": "take_first"}]}, {"name": "first", "filter": first}],
+    )  # fmt: skip
+    task(
+        "last_word",
+        output_type="loglikelihood", doc_to_text="{{question}}", doc_to_target=" {{choices[0]}}",
+        metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}, *metrics("acc")],
+    )  # fmt: skip
+    perplexities = [
+        {"metric": name, "aggregation": how, "higher_is_better": False}
+        for name, how in [("word_perplexity", "weighted_perplexity"), ("bits_per_byte", "bits_per_byte")]
+    ]
+    task(
+        "whole", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}", metric_list=perplexities
+    )
+    task("own_splits", splits=("test", "validation", "train"), **MC, metric_list=metrics("acc"))
+    task("no_examples", **MC, metric_list=metrics("acc"), fewshot_split="test", num_fewshot=5)
+    return folder
+
+
+def evaluator(folder: Path, *, batch_size: int = 5, **tasks: dict[str, Any]) -> Evaluator:
+    specs = {}
+    for name, options in tasks.items():
+        options = dict(options)
+        specs[name] = TaskSpec(name, options.pop("weight", 1.0), options.pop("metric", None), options)
+    return load_evaluator(str(HARNESS), EvaluatorContext(folder, specs, {"include_path": "."}, batch_size=batch_size))
+
+
+def evaluate_all(harness: Evaluator, target: Target) -> tuple[dict[int, Outcome], dict[int, Item]]:
+    """Outcomes and items of all test documents, by their index."""
+    items = [item for item in harness.load() if item.own_split == "test"]
+    harness.prepare(target, items)
+    outcomes = harness.evaluate(target, [item.id for item in items])
+    return dict(zip([i.data["index"] for i in items], outcomes, strict=True)), {i.data["index"]: i for i in items}
+
+
+@pytest.fixture(scope="module")
+def simple_evaluate(target: Target, tasks_folder: Path) -> Callable[..., list[dict[str, Any]]]:
+    """lm-eval's samples of one task, in document order (one a filter)."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=3)
+    manager = TaskManager(include_path=str(tasks_folder), include_defaults=False)
+
+    def samples(task: str, **options: Any) -> list[dict[str, Any]]:
+        result = lm_eval.simple_evaluate(
+            lm, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0, **options
+        )
+        assert result is not None
+        return sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+
+    return samples
+
+
+@pytest.mark.parametrize("task", ["choice", "shots", "blank"])
+def test_multiple_choice_is_lm_evals_item_by_item(task, target, tasks_folder, simple_evaluate):
+    harness = evaluator(tasks_folder, **{task: {}})
+    outcomes, items = evaluate_all(harness, target)
+    samples = simple_evaluate(task)
+    assert len(samples) == len(outcomes) == ITEMS
+    ties = []
+    for sample in samples:
+        i = sample["doc_id"]
+        theirs = [response[0][0] for response in sample["resps"]]
+        right = sample["doc"]["label"]
+        ours = outcomes[i].values
+        best_wrong = max(value for k, value in enumerate(theirs) if k != right)
+        assert ours["loglikelihood"] == pytest.approx(theirs[right], abs=TOLERANCE)
+        assert ours["margin"] == pytest.approx(theirs[right] - best_wrong, abs=2 * TOLERANCE)
+        if abs(ours["margin"]) <= 2 * TOLERANCE:
+            ties.append(items[i].text)
+            continue
+        assert ours["acc"] == sample["acc"]
+        if "acc_norm" in sample:
+            assert ours["acc_norm"] == sample["acc_norm"]
+    print(f"{task}: {len(ties)} ties within {2 * TOLERANCE} nats: {ties}")
+    assert len(ties) <= 1
+    assert 0 < sum(sample["acc"] for sample in samples) < ITEMS
+
+
+@pytest.mark.parametrize("task", ["choice", "shots", "blank", "last_word"])
+def test_every_choices_loglikelihood_and_greediness_are_lm_evals(task, target, tasks_folder, simple_evaluate):
+    harness: Any = evaluator(tasks_folder, **{task: {}})
+    _, items = evaluate_all(harness, target)
+    ids = [item.id for item in items.values()]
+    answers = harness._questions[task, ""].answers(target.model, ids)
+    for sample in simple_evaluate(task):
+        ours = answers[items[sample["doc_id"]].id]
+        for (value, greedy), response in zip(ours, sample["resps"], strict=True):
+            assert value == pytest.approx(response[0][0], abs=TOLERANCE)
+            assert greedy == response[0][1]
+
+
+@pytest.mark.parametrize("task", ["shots", "no_examples"])
+def test_prompts_with_examples_are_lm_evals(task, target, tasks_folder, simple_evaluate):
+    """no_examples draws from the test split itself: equal where the study leaves its items out of the pool."""
+    harness: Any = evaluator(tasks_folder, **{task: {}})
+    items = [item for item in harness.load() if item.own_split == "test"]
+    if task == "no_examples":
+        items = items[:10]
+        pool = {item.text for item in harness.load()} - {item.text for item in items}
+        harness.prepare(target, items)
+        for item in items:
+            prompt = harness._instances[item.id][0].args[0]
+            examples = prompt.split("\n\n")[:-1]
+            assert len(examples) == 5
+            assert all(any(example.startswith(text.split("?")[0]) for text in pool) for example in examples)
+        return
+    harness.prepare(target, items)
+    for sample in simple_evaluate(task):
+        item = next(i for i in items if i.data["index"] == sample["doc_id"])
+        assert [instance.args for instance in harness._instances[item.id]] == [tuple(a) for a in sample["arguments"]]
+
+
+def test_a_subset_of_the_study_keeps_the_examples_of_the_whole(target, tasks_folder):
+    """Examples are drawn by a document's place, so a study of fewer items asks the same questions."""
+    prompts = []
+    for step in (1, 3):
+        harness: Any = evaluator(tasks_folder, shots={})
+        items = harness.load()[::step]
+        harness.prepare(target, items)
+        prompts.append({item.id: harness._instances[item.id][0].args[0] for item in items})
+    assert prompts[1].items() <= prompts[0].items()
+
+
+def test_generation_is_lm_evals_item_by_item(target, tasks_folder, simple_evaluate):
+    harness: Any = evaluator(tasks_folder, write={})
+    outcomes, items = evaluate_all(harness, target)
+    texts = harness._questions["write", ""].answers(target.model, [item.id for item in items.values()])
+    samples = simple_evaluate("write")
+    assert len(samples) == ITEMS
+    for sample in samples:
+        assert texts[items[sample["doc_id"]].id] == sample["resps"][0]
+        assert outcomes[sample["doc_id"]].values == {"exact_match": sample["exact_match"]}
+    assert 0 < sum(sample["exact_match"] for sample in samples) < ITEMS
+    assert any(len(text[0]) < 5 for text in texts.values()), "no stop string was ever met"
+
+
+def test_several_filters_give_a_metric_each(target, tasks_folder, simple_evaluate):
+    harness = evaluator(tasks_folder, filtered={"metric": "exact_match,first"})
+    outcomes, _ = evaluate_all(harness, target)
+    for sample in simple_evaluate("filtered"):
+        assert outcomes[sample["doc_id"]].values[f"exact_match,{sample['filter']}"] == sample["exact_match"]
+    assert harness.metric("filtered") == "exact_match,first"
+    assert evaluator(tasks_folder, filtered={}).metric("filtered") == "exact_match,all"
+
+
+def test_loglikelihood_and_its_perplexity_are_lm_evals(target, tasks_folder, simple_evaluate):
+    harness = evaluator(tasks_folder, last_word={})
+    outcomes, _ = evaluate_all(harness, target)
+    samples = simple_evaluate("last_word")
+    for sample in samples:
+        ours = outcomes[sample["doc_id"]].values
+        assert ours["loglikelihood"] == pytest.approx(sample["perplexity"], abs=TOLERANCE)
+        assert ours["acc"] == sample["acc"]
+    mean = sum(sample["perplexity"] for sample in samples) / len(samples)
+    assert harness.metric("last_word") == "loglikelihood"
+    assert harness.aggregate("last_word", list(outcomes.values())) == pytest.approx(mean, abs=TOLERANCE)
+
+
+def test_rolling_loglikelihood_is_lm_evals_beyond_the_context_length(target, tasks_folder, simple_evaluate):
+    harness = evaluator(tasks_folder, whole={})
+    outcomes, _ = evaluate_all(harness, target)
+    samples = simple_evaluate("whole")
+    assert any(len(sample["doc"]["text"]) > 256 for sample in samples), "no text has several windows"
+    for sample in samples:
+        total, size = sample["word_perplexity"]
+        ours = outcomes[sample["doc_id"]]
+        assert ours.weight == size
+        assert ours.values["loglikelihood_per_word"] * size == pytest.approx(total, abs=TOLERANCE * size)
+        total, size = sample["bits_per_byte"]
+        assert ours.values["loglikelihood_per_byte"] * size == pytest.approx(total, abs=TOLERANCE * size)
+    words = sum(sample["word_perplexity"][1] for sample in samples)
+    total = sum(sample["word_perplexity"][0] for sample in samples)
+    assert harness.aggregate("whole", list(outcomes.values())) == pytest.approx(total / words, abs=TOLERANCE)
+
+
+def test_chat_template_and_system_instruction_are_lm_evals(target, tasks_folder, simple_evaluate):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    options = {"apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": True}
+    try:
+        target.tokenizer.chat_template = template
+        harness: Any = evaluator(tasks_folder, shots=options)
+        outcomes, items = evaluate_all(harness, target)
+        samples = simple_evaluate("shots", **options)
+    finally:
+        target.tokenizer.chat_template = None
+    for sample in samples:
+        i = sample["doc_id"]
+        assert [instance.args for instance in harness._instances[items[i].id]] == [
+            tuple(a) for a in sample["arguments"]
+        ]
+        right = sample["resps"][sample["doc"]["label"]][0][0]
+        assert outcomes[i].values["loglikelihood"] == pytest.approx(right, abs=TOLERANCE)
+
+
+def test_own_splits_limit_and_data_splits(tasks_folder):
+    items = evaluator(tasks_folder, own_splits={}).load()
+    assert {item.own_split for item in items} == {"test", "validation"}
+    split = assign_splits(items, {"search": "validation", "test": "test"}, seed=0)
+    assert {(item.own_split, item.split) for item in split} == {
+        ("validation", "search"), ("validation", "select"), ("test", "test")
+    }  # fmt: skip
+    limited = evaluator(tasks_folder, own_splits={"limit": 3, "data_splits": ["train", "test"]}).load()
+    assert [item.own_split for item in limited] == ["test"] * 3 + ["train"] * 3
+
+
+def test_ids_are_of_the_content_not_of_the_place(tasks_folder, tmp_path):
+    rows = json.loads((tasks_folder / "test.json").read_text())
+    config = yaml.safe_load((tasks_folder / "choice.yaml").read_text())
+    (tmp_path / "moved.json").write_text(json.dumps(rows[::-1]))
+    config["dataset_kwargs"]["data_files"] = {"test": str(tmp_path / "moved.json")}
+    (tmp_path / "choice.yaml").write_text(yaml.safe_dump(config))
+    moved, there = evaluator(tmp_path, choice={}), evaluator(tasks_folder, choice={})
+    assert {item.id for item in moved.load()} == {item.id for item in there.load()}
+    assert moved.load()[0].id == there.load()[-1].id
+    assert moved.fingerprint()["data of task choice"] != there.fingerprint()["data of task choice"]
+
+
+def test_the_fingerprint_names_the_evaluator_the_yaml_and_the_data(tasks_folder):
+    fingerprint = evaluator(tasks_folder, choice={}).fingerprint()
+    assert {"evaluators/harness.py", "choice.yaml", "data of task choice", "lm-eval"} <= set(fingerprint)
+
+
+def test_examples_that_cannot_be_kept_apart_are_refused_without_a_model(tasks_folder):
+    harness = evaluator(tasks_folder, no_examples={})
+    with pytest.raises(EvaluatorError, match=r"5 few-shot examples must come from none of the items, but 0 of 40"):
+        harness.check(harness.load())
+    harness.check(harness.load()[:30])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"choise": {}}, r"no lm-eval task 'choise'[\s\S]*choice"),
+        ({"hellaswagg": {}}, r"Did you mean[\s\S]*hellaswag"),
+        ({"mmlu": {}}, "group"),
+        ({"choice": {"num_fewshots": 2}}, "num_fewshot"),
+        ({"choice": {"num_fewshot": -1}}, "whole number"),
+        ({"choice": {"limit": 0}}, "whole number"),
+        ({"choice": {"metric": "exact_match"}}, "no metric 'exact_match'"),
+        ({"last_word": {"metric": "perplexity"}}, "lower-is-better"),
+        ({"whole": {"metric": "bits_per_byte"}}, "loglikelihood_per_byte"),
+        ({"write": {"generation_kwargs": {"do_sample": True, "temperature": 0.7}}}, "only greedy"),
+        ({"choice": {"data_splits": ["validation"]}}, "no data split 'validation'"),
+        ({"choice": {"fewshot_as_multiturn": True}}, "apply_chat_template"),
+        ({"elsewhere": {"task": "nowhere.yaml"}}, "no file"),
+    ],
+)
+def test_bad_tasks_are_refused_by_name(tasks, message, tasks_folder):
+    with pytest.raises(EvaluatorError, match=message):
+        evaluator(tasks_folder, **tasks).load()
+
+
+def test_a_broken_task_file_is_named(tmp_path):
+    (tmp_path / "broken.yaml").write_text("task: [broken\n")
+    with pytest.raises(EvaluatorError, match=r"broken.yaml cannot be read"):
+        evaluator(tmp_path, broken={}).load()
+
+
+def test_data_that_are_not_there_are_an_evaluator_error(tasks_folder, tmp_path):
+    config = yaml.safe_load((tasks_folder / "choice.yaml").read_text())
+    config["dataset_kwargs"]["data_files"] = {"test": str(tmp_path / "gone.json")}
+    (tmp_path / "choice.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(EvaluatorError, match=r"could not load 'choice'"):
+        evaluator(tmp_path, choice={}).load()
+
+
+def test_unknown_options_and_folders_are_refused(tasks_folder):
+    tasks = {"choice": TaskSpec("choice")}
+    with pytest.raises(EvaluatorError, match="include_path"):
+        load_evaluator(str(HARNESS), EvaluatorContext(tasks_folder, tasks, {"include_paths": "."})).load()
+    with pytest.raises(EvaluatorError, match="is not a folder"):
+        load_evaluator(str(HARNESS), EvaluatorContext(tasks_folder, tasks, {"include_path": "nowhere"})).load()
+
+
+class TestHarnessContract(EvaluatorContract):
+    @pytest.fixture
+    def case(self, tasks_folder: Path, target: Target) -> EvaluatorCase:
+        tasks = {"choice": {}, "shots": {}, "write": {}, "last_word": {}, "whole": {"limit": 38}}
+        return EvaluatorCase(lambda: evaluator(tasks_folder, **tasks), target, SPLIT)
