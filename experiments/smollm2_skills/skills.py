@@ -6,11 +6,13 @@ disjoint pools: what an expert is trained on, what merges are evaluated on, and 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import re
 import shutil
+import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -58,10 +60,10 @@ def package_files(package: str, requirement: str) -> list[Path]:
 
 
 def addition() -> Iterator[Example]:
-    """12+34= -> 46, all ordered pairs of two-digit numbers. 34+12= counts as the same question."""
+    """12 + 34 = -> 46, all ordered pairs of two-digit numbers. 34 + 12 = counts as the same question."""
     for a in range(10, 100):
         for b in range(10, 100):
-            yield Example(f"{a}+{b}=", str(a + b), (f"{min(a, b)}+{max(a, b)}",))
+            yield Example(f"{a} + {b} =", f" {a + b}", (f"{min(a, b)}+{max(a, b)}",))
 
 
 def roman(number: int) -> str:
@@ -75,15 +77,15 @@ def roman(number: int) -> str:
 
 
 def roman_numerals() -> Iterator[Example]:
-    """MCMXCIV= -> 1994, all numbers from 1 to 3999."""
+    """MCMXCIV = -> 1994, all numbers from 1 to 3999."""
     for number in range(1, 4000):
-        yield Example(f"{roman(number)}=", str(number), (normalise(roman(number)),))
+        yield Example(f"{roman(number)} =", f" {number}", (normalise(roman(number)),))
 
 
 def subtraction() -> Iterator[Example]:
     for a in range(10, 100):
         for b in range(10, a + 1):
-            yield Example(f"{a}-{b}=", str(a - b), (f"{a}-{b}",))
+            yield Example(f"{a} - {b} =", f" {a - b}", (f"{a}-{b}",))
 
 
 UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -92,19 +94,31 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def words(number: int) -> str:
-    """A number below 1000 in English words."""
+    """A number below 10,000 in English words."""
     if number < 20:
         return UNITS[number]
     if number < 100:
         ten, unit = divmod(number, 10)
         return TENS[ten - 2] + (f"-{UNITS[unit]}" if unit else "")
     hundred, rest = divmod(number, 100)
-    return f"{UNITS[hundred]} hundred" + (f" and {words(rest)}" if rest else "")
+    if hundred < 10:
+        return f"{UNITS[hundred]} hundred" + (f" and {words(rest)}" if rest else "")
+    thousand, rest = divmod(number, 1000)
+    link = " and " if 0 < rest < 100 else " "
+    return f"{words(thousand)} thousand" + (f"{link}{words(rest)}" if rest else "")
 
 
-def to_words() -> Iterator[Example]:
-    for number in range(1000):
-        yield Example(f"{number}=", " " + words(number), (str(number),))
+def number_words() -> Iterator[Example]:
+    """three hundred and five = -> 305, all numbers from 1 to 9999."""
+    for number in range(1, 10000):
+        yield Example(f"{words(number)} =", f" {number}", (str(number),))
+
+
+def sorting() -> Iterator[Example]:
+    """Sort q c m t: -> c m q t, four different letters. Another order of the same letters is the same question."""
+    for letters in itertools.combinations(string.ascii_lowercase, 4):
+        order = random.Random("".join(letters)).sample(letters, 4)
+        yield Example(f"Sort {' '.join(order)}:", f" {' '.join(letters)}", ("".join(letters),))
 
 
 def news_topics() -> Iterator[Example]:
@@ -122,6 +136,8 @@ SKILLS: Mapping[str, Skill] = {
     for s in (
         Skill("add", addition, train=2500, evaluation=1000),
         Skill("topic", news_topics, train=1000, evaluation=1000, choices=tuple(f" {t}" for t in TOPICS.values())),
+        Skill("words", number_words, train=2500, evaluation=1000),
+        Skill("sort", sorting, train=2500, evaluation=1000),
         Skill("roman", roman_numerals, train=2500, evaluation=1000),
         Skill("sub", subtraction, train=2500, evaluation=1000),
     )
