@@ -57,29 +57,38 @@ def elect_and_merge(vectors: Iterable[tuple[float, Tensor]], *, mode: str, norma
     Returns:
         The merged task vector, or None if there are no vectors.
     """
-    positive = negative = positive_share = negative_share = None
-    count = normalize or mode == "mean"
+    # Operations with a boolean mask are many times slower on a CPU than those used here, which stay in one dtype.
+    total = positive = share = positive_share = None
     for weight, vector in vectors:
         scaled = vector.mul_(weight)
-        if positive is None or negative is None:
-            positive, negative = scaled.clamp(min=0), scaled.clamp(max=0)
-            if count:
-                positive_share, negative_share = torch.zeros_like(positive), torch.zeros_like(positive)
-        else:
-            positive.add_(scaled.clamp(min=0))
-            negative.add_(scaled.clamp(max=0))
-        if positive_share is not None and negative_share is not None:
-            share = weight if normalize else 1
-            positive_share.add_(scaled > 0, alpha=share)
-            negative_share.add_(scaled < 0, alpha=share)
-    if positive is None or negative is None:
+        if total is None or positive is None or share is None or positive_share is None:
+            total, positive, share, positive_share = (torch.zeros_like(scaled) for _ in range(4))
+        up = scaled.clamp(min=0)
+        total.add_(scaled)
+        positive.add_(up)
+        if normalize or mode == "mean":
+            share.add_(scaled.sign_(), alpha=weight if normalize else 1)
+            positive_share.add_(up.sign_(), alpha=weight if normalize else 1)
+    if total is None or positive is None or share is None or positive_share is None:
         return None
-    plus = positive + negative >= 0
-    merged = torch.where(plus, positive, negative)
-    if positive_share is None or negative_share is None:
+    elected = torch.ge(total, 0, out=torch.empty_like(total))  # 1 for +, 0 for -
+    merged = torch.lerp(total - positive, positive, elected)
+    if mode == "sum" and not normalize:
         return merged
-    divisor = torch.where(plus, positive_share, negative_share)
-    return merged.div_(divisor.masked_fill_(divisor.abs() < 1e-8, 1))  # where nothing agrees, the sum is zero anyway
+    divisor = torch.lerp(positive_share - share, positive_share, elected)
+    if normalize:
+        divisor.masked_fill_(divisor.abs() < 1e-8, 1)
+    else:
+        divisor.clamp_(min=1)  # where nothing agrees, the sum is zero anyway
+    return merged.div_(divisor)
+
+
+def trim(tau: Tensor, threshold: float) -> Tensor:
+    """``tau`` with what is smaller than ``threshold`` (one of its magnitudes) in magnitude set to zero; NaN stays."""
+    if threshold == 0:
+        return tau
+    below = torch.nextafter(torch.tensor(threshold, dtype=tau.dtype), torch.zeros((), dtype=tau.dtype))
+    return torch.nn.functional.hardshrink(tau, float(below))
 
 
 @dataclass(frozen=True)
@@ -192,11 +201,8 @@ class Ties(MethodDefaults):
         else:
             thresholds = self._of_tensor(info, base, experts, values["density"])
         dtype = arithmetic_dtype(base, *experts)
-        trimmed = (
-            # "not below" instead of "at least": a NaN stays in sight
-            (weight, tau.masked_fill_(tau.abs() < thresholds[t], 0))
-            for t, weight, tau in task_vectors(base, experts, weights, dtype)
-        )
+        vectors = task_vectors(base, experts, weights, dtype)
+        trimmed = ((weight, trim(tau, thresholds[t])) for t, weight, tau in vectors)
         merged = elect_and_merge(trimmed, mode=values["mode"], normalize=values["normalize"])
         return add_to_base(base, merged, dtype, scale=values["scale"])
 
@@ -254,8 +260,9 @@ class _Dare(MethodDefaults):
                     remedy="Hand over the whole tensor, or use rescale: density.",
                 )
             norm = float(tau.abs().sum(dtype=torch.float64)) if rescale == "l1" else 0.0
-            keep = uniform(seed, info.name, t, info.start, tau.numel()) < density
-            tau.mul_(keep.to(tau.device).view(tau.shape))
+            drawn = uniform(seed, info.name, t, info.start, tau.numel())
+            keep = torch.lt(drawn, density, out=drawn)  # 1 and 0 in float32: much faster than a boolean mask
+            tau.mul_(keep.view(tau.shape).to(tau))
             if rescale == "density":
                 yield weight, tau.div_(density)
             else:

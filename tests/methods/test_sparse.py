@@ -55,6 +55,12 @@ def test_ties(family: Family, density: float, mode: str, normalize: bool, scale:
     assert_close(merged, expected)
 
 
+def test_ties_where_the_experts_cancel_elects_plus():
+    family = Family(np.zeros(2), [np.array([2.0, -1.0]), np.array([-2.0, 1.0])], [1.0, 1.0])
+    for mode in ("mean", "sum"):
+        assert family.merge("ties", density=1.0, mode=mode).tolist() == [2.0, 1.0]
+
+
 def test_ties_with_weights_that_cancel():
     """Both entries agree (a negative weight turns its task vector), but their weights sum to nothing: counts as 1."""
     family = Family(np.zeros(1), [np.array([2.0]), np.array([-3.0])], [1.0, -1.0])
