@@ -27,7 +27,8 @@ os.environ.update(
     EVOMERGE_CACHE=str(SESSION / "evomerge"),
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
-    OMP_NUM_THREADS="1",
+    TQDM_DISABLE="1",
+    OMP_NUM_THREADS="1",  # sums depend on it; and the cores are shared with the processes that tests start
     MKL_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
     COLUMNS="200",  # rich wraps by the terminal's width, which would break lines that tests look for
@@ -60,16 +61,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(SESSION, ignore_errors=True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Sums depend on the thread count; and the cores are shared with the processes that tests start."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,38 @@
+"""The docs name what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    there = {p.name for p in (ROOT / "evomerge").glob("*.py") if p.name != "__init__.py"}
+    there |= {f"{p.parent.name}/" for p in (ROOT / "evomerge").glob("*/__init__.py")}
+    assert there - named == set()
+    assert {name for name in named if name.endswith(".py")} - there <= {"chunks.py", "random.py", "methods/base.py"} | {
+        "searchers/base.py"
+    }
+
+
+def test_experiment_file_names_every_key():
+    from evomerge.spec import json_schema
+
+    text = (ROOT / "docs" / "experiment_file.md").read_text()
+    schema = json_schema()
+    keys = set(schema["properties"])
+    for definition in schema["$defs"].values():
+        keys |= set(definition.get("properties", {}))
+    assert {key for key in keys if not re.search(rf"`(\w+\.)*{key}[`.]", text)} == set()
+    assert "additionalProperties" in json.dumps(schema)
+
+
+def test_docs_link_to_files_that_exist():
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *ROOT.glob("experiments/*/README.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
