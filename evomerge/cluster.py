@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from evomerge.worker import Worker
 
 OBJECT_STORE_BYTES = 100_000_000  # recipes and outcomes are all that travels; Ray's least is 75 MB
+START_ATTEMPTS = 3
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SLICE_SECONDS = 0.5  # the longest wait in one piece, so that time limits and signals are seen
 
@@ -201,29 +202,45 @@ class RayPool:
             raise
 
     def _connect(self, ray: Any, spec: WorkerSpec) -> None:
-        before = set(psutil.Process().children())
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         self._started_ray = True
         if self.address is not None:
             try:
                 ray.init(address=self.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and plain Exception here
                 raise ResourceError(
                     f"no Ray cluster answers at {self.address}: {one_line(str(error))}",
                     where="workers.address",
                     remedy="Start one with `ray start --head`, or leave the address out to run on this machine.",
                 ) from error
             return
-        ray.init(
-            address="local",  # never a cluster that happens to run on this machine
-            num_cpus=max(1, math.ceil(self.count * self.cpus)),
-            num_gpus=None if self.gpus else 0,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            runtime_env={"env_vars": worker_environment(spec.threads)},
-            **quiet,
-        )
+        before = psutil.Process().children()
+        for attempt in range(START_ATTEMPTS):
+            try:
+                ray.init(
+                    address="local",  # never a cluster that happens to run on this machine
+                    num_cpus=max(1, math.ceil(self.count * self.cpus)),
+                    num_gpus=None if self.gpus else 0,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
+                return
+            except Exception as error:  # Ray gives its node 30 s to start, which a busy machine may exceed
+                self._note_processes(before)
+                self._disconnect([])
+                self._started_ray = True
+                if attempt == START_ATTEMPTS - 1:
+                    raise ResourceError(
+                        f"Ray did not start on this machine in {START_ATTEMPTS} attempts: {one_line(str(error))}",
+                        where="workers",
+                        remedy="Look at /tmp/ray/session_latest/logs; one worker needs no Ray (--workers 1).",
+                    ) from error
+            finally:
+                self._note_processes(before)
+
+    def _note_processes(self, before: Sequence[psutil.Process]) -> None:
         self._processes = [p for p in psutil.Process().children() if p not in before]
 
     def _new_slot(self) -> _Slot:
@@ -354,22 +371,27 @@ class RayPool:
             return
         import ray
 
+        descendants = [child for p in self._processes for child in _children(p)]  # while it is known whose they are
         for slot in slots:
             with contextlib.suppress(Exception):  # dead already, or the cluster is gone
                 ray.kill(slot.actor, no_restart=True)
-        if not self._started_ray:
-            return
+        if self._started_ray:
+            self._disconnect(descendants)
+
+    def _disconnect(self, descendants: Sequence[psutil.Process]) -> None:
+        """Leave the cluster, or end the one on this machine, with every process of it."""
+        import ray
+
         self._started_ray = False
-        ours = [*self._processes, *(child for p in self._processes for child in _children(p))]
-        self._processes = []
+        ours, self._processes = [*self._processes, *descendants], []
         with _signals_kept():
             ray.shutdown()
-        # A worker that is stuck in C code outlives Ray's own shutdown.
-        _, alive = psutil.wait_procs(ours, timeout=3)
+        # A worker that is stuck in C code, and what an evaluator has started, outlive Ray's own shutdown.
+        _, alive = psutil.wait_procs(ours, timeout=1)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive, timeout=3)
+        psutil.wait_procs(alive, timeout=5)
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -48,7 +48,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec):
         self.spec = spec
         self.name = f"{socket.gethostname()}:{os.getpid()}"
-        _settle(spec)
+        settle(threads=spec.threads, device=spec.device)
         base_path = Path(spec.folder, spec.base["path"])
         base = open_checkpoint(base_path)
         experts = [open_expert(Path(spec.folder, source["path"]), base) for source in spec.experts]
@@ -181,9 +181,9 @@ def _context(spec: WorkerSpec) -> EvaluatorContext:
     )
 
 
-def _settle(spec: WorkerSpec) -> None:
-    """Threads, determinism and silence of this process."""
-    torch.set_num_threads(spec.threads)
+def settle(*, threads: int, device: str = "cpu") -> None:
+    """Threads, determinism and silence of this process: what a study's numbers rest on, in a worker and elsewhere."""
+    torch.set_num_threads(threads)
     with contextlib.suppress(RuntimeError):  # can be set once, before the first parallel work
         torch.set_num_interop_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -191,9 +191,9 @@ def _settle(spec: WorkerSpec) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(
-            f"the worker's device is {spec.device}, but torch sees no GPU here",
+            f"the worker's device is {device}, but torch sees no GPU here",
             where="workers.device",
             remedy="Use device: cpu, or give each worker a GPU with workers.gpus.",
         )

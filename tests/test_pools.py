@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -31,8 +32,10 @@ from evomerge.testing.pools import (
     wait_for_file,
     wait_until_gone,
 )
+from evomerge.worker import Worker
 
 
+@pytest.mark.slow  # some twenty workers are built
 class TestLocalPool(KillablePoolContract):
     timeout = 3.0
     says = {  # noqa: RUF012
@@ -96,35 +99,62 @@ def spec(tmp_path_factory) -> WorkerSpec:
     return make_spec(tmp_path_factory.mktemp("driver"))
 
 
-def start_driver(spec: WorkerSpec, item: str) -> subprocess.Popen:
-    for name in ("pid", "child"):
-        Path(spec.folder, name).unlink(missing_ok=True)
-    command = [sys.executable, "-c", DRIVER, json.dumps(spec.to_dict()), item]
-    return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+@pytest.fixture
+def start_driver(spec: WorkerSpec) -> Iterator[Callable[[str], subprocess.Popen]]:
+    """Starts a driver in a process group of its own, with its worker busy on ``item`` when this returns."""
+    drivers: list[subprocess.Popen] = []
+
+    def start(item: str) -> subprocess.Popen:
+        for name in ("pid", "child"):
+            Path(spec.folder, name).unlink(missing_ok=True)
+        command = [sys.executable, "-c", DRIVER, json.dumps(spec.to_dict()), item]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        drivers.append(subprocess.Popen(command, start_new_session=True, **streams))
+        wait_for_file(Path(spec.folder, "pid"))
+        if item == "wait":
+            wait_for_file(Path(spec.folder, "child"))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.kill()
+        driver.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ["wait", "hang in C"])
-def test_kill_9_of_the_driver_ends_the_worker_and_what_it_started(spec, item):
-    driver = start_driver(spec, item)
-    wait_for_file(Path(spec.folder, "pid"))
-    if item == "wait":
-        wait_for_file(Path(spec.folder, "child"))
+def test_kill_9_of_the_driver_ends_the_worker_and_what_it_started(start_driver, item):
+    driver = start_driver(item)
     started = [p.pid for p in psutil.Process(driver.pid).children(recursive=True)]
     assert len(started) >= 2
     driver.kill()
-    driver.wait()
     assert wait_until_gone(started) == []
 
 
-def test_ctrl_c_reaches_the_driver_alone(spec):
-    driver = start_driver(spec, "slow")
-    pid = int(wait_for_file(Path(spec.folder, "pid")))
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_driver_alone(spec, start_driver):
+    driver = start_driver("slow")
     os.killpg(driver.pid, signal.SIGINT)  # what a terminal does
-    os.kill(pid, signal.SIGINT)
-    output, _ = driver.communicate(timeout=60)
+    os.kill(int(Path(spec.folder, "pid").read_text()), signal.SIGINT)
+    output, _ = driver.communicate(timeout=120)
     assert output.strip() == "stopped None"
+
+
+def test_a_worker_that_is_killed_and_one_that_hangs_are_replaced(spec):
+    """The short form of what TestLocalPool shows at length."""
+    pool = LocalPool(timeout=5)
+    pool.start(spec)
+    try:
+        jobs = [make_job(spec, 0), make_job(spec, 0, "_exit"), make_job(spec, 0, "hang in C"), make_job(spec, 0)]
+        results = []
+        for job in jobs:
+            pool.submit(job)
+            results += collect(pool, 1)
+    finally:
+        pool.close()
+    assert [r.failure and r.failure.kind for r in results] == [None, "lost", "timeout", None]
+    assert results[0].outcomes == results[3].outcomes == Worker(spec).evaluate(jobs[0]).outcomes
+    assert len({r.worker for r in results}) == 3
 
 
 def test_user_errors_travel_as_plain_data():
