@@ -1,0 +1,302 @@
+"""What every searcher must hold to. A plug-in inherits the suite in one line::
+
+    class TestMine(SearcherContract):
+        searcher = MySearcher
+
+and pytest runs it. ``MemoryStudy`` is the study's loop without models or a database: both schedules, any number of
+workers, results in any order, killed and rebuilt anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.errors import SpecError
+from evomerge.recipe import Group, Recipe, Source
+from evomerge.searchers.base import Point, Searcher, Told
+from evomerge.space import Space
+
+Score = Callable[[Point], float | None]  # None: the evaluation failed; NaN: the evaluator gave nonsense
+
+
+def make_space(
+    experts: int = 3, groups: int | None = 2, *, low: float = 0.0, high: float = 2.0, initial: float = 1.0
+) -> Space:
+    """A space of ``experts * groups`` dimensions (one without groups: a single global weight) over a made-up family."""
+    names = [f"e{t}" for t in range(experts)]
+    template = Recipe(
+        base=Source("base", "base", "0"),
+        experts=tuple(Source(n, n, n) for n in names),
+        method="task_arithmetic",
+        groups=(Group((0.0,) * experts),),
+    )
+    weights: dict[str, Any] = {"granularity": "global", "range": [low, high], "initial": initial}
+    if groups is not None:
+        weights |= {"granularity": "layer_groups", "groups": groups}
+    return Space.from_dict({"method": "task_arithmetic", "weights": weights}, template=template, num_layers=8)
+
+
+def smooth(point: Point) -> float:
+    """Higher is better, highest (0) where every coordinate is 0.6; different scales and one interaction."""
+    z = [(value - 0.6) * (1 + 0.5 * (i % 3)) for i, value in enumerate(point.values())]
+    return -sum(v * v for v in z) - 0.5 * z[0] * z[-1]
+
+
+class MemoryStudy:
+    """A study in memory.
+
+    Args:
+        make: builds the searcher; called again after every kill.
+        score: of a point.
+        workers: how many evaluations run at once.
+        schedule: as in an experiment file.
+        order: seeds the order in which running evaluations end.
+        disturb: called between any two steps, such as to reseed global generators.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Searcher],
+        score: Score,
+        *,
+        workers: int = 1,
+        schedule: Literal["reproducible", "asynchronous"] = "reproducible",
+        order: int = 0,
+        disturb: Callable[[], None] = lambda: None,
+    ):
+        self.make, self.score, self.workers, self.schedule, self.disturb = make, score, workers, schedule, disturb
+        self.order = random.Random(order)
+        self.searcher = make()
+        self.points: list[Point] = []
+        self.results: dict[int, Told] = {}  # of trials that have ended, by number
+        self.running: list[int] = []
+        self.told = 0  # reproducible: the first `told` trials have been told
+        self.events: list[tuple[str, int]] = []  # asynchronous: what the searcher saw, in order
+
+    def run(self, budget: int, *, steps: int | None = None) -> MemoryStudy:
+        """Go on until ``budget`` trials have ended, or for ``steps`` steps (a proposal or an end is one step)."""
+        while steps is None or steps > 0:
+            self.disturb()
+            if len(self.running) < self.workers and self.may_ask(budget):
+                self.ask()
+            elif self.running:
+                self.end(self.running.pop(self.order.randrange(len(self.running))))
+            else:
+                break
+            steps = None if steps is None else steps - 1
+        return self
+
+    def may_ask(self, budget: int) -> bool:
+        n = len(self.points)
+        if n >= budget:
+            return False
+        return self.schedule == "asynchronous" or all(k in self.results for k in range(self.searcher.needs(n)))
+
+    def ask(self) -> None:
+        n = len(self.points)
+        if self.schedule == "reproducible":
+            self.tell_first(self.searcher.needs(n))
+        self.points.append(json.loads(json.dumps(self.searcher.ask(n))))  # as a store would keep it
+        self.events.append(("ask", n))
+        self.running.append(n)
+
+    def end(self, n: int) -> None:
+        score = self.score(self.points[n])
+        self.results[n] = Told(n, self.points[n], "fail" if score is None else "complete", score)
+        if self.schedule == "asynchronous":
+            self.events.append(("tell", n))
+            self.searcher.tell(self.results[n])
+
+    def tell_first(self, count: int) -> None:
+        while self.told < count:
+            self.searcher.tell(self.results[self.told])
+            self.told += 1
+
+    def tell_all(self) -> MemoryStudy:
+        """The end of the search: what the reproducible schedule still holds back."""
+        if self.schedule == "reproducible":
+            self.tell_first(len(self.points))
+        return self
+
+    def kill(self) -> MemoryStudy:
+        """The driver dies: all that is left is what a store holds. Trials that were running will end again."""
+        self.searcher, self.told = self.make(), 0
+        if self.schedule == "reproducible":
+            for n, point in enumerate(self.points):
+                self.tell_first(self.searcher.needs(n))
+                self.searcher.replay(n, point)
+        else:
+            for kind, n in self.events:
+                if kind == "ask":
+                    self.searcher.replay(n, self.points[n])
+                else:
+                    self.searcher.tell(self.results[n])
+        return self
+
+
+def reseed_everything() -> None:
+    """What a library with bad manners does (lm-eval resets numpy's global generator)."""
+    random.seed(1234)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+
+
+def global_states() -> tuple[str, ...]:
+    return repr(random.getstate()), repr(np.random.get_state()), repr(torch.get_rng_state().tolist())
+
+
+class SearcherContract:
+    """Subclasses name ``searcher``; they may set options and how soon the smooth function must be improved on."""
+
+    searcher: type[Searcher]
+    options: ClassVar[Mapping[str, Any]] = {}
+    improves_within: ClassVar[int | None] = 60  # trials in 6 dimensions; None: the searcher does not learn
+    budget: ClassVar[int] = 30
+
+    # -- helpers
+
+    def make(self, space: Space | None = None, seed: int = 0) -> Searcher:
+        return self.searcher(space or make_space(), seed=seed, **self.options)
+
+    def study(
+        self, score: Score = smooth, *, space: Space | None = None, seed: int = 0, **settings: Any
+    ) -> MemoryStudy:
+        return MemoryStudy(lambda: self.make(space, seed), score, **settings)
+
+    # -- points
+
+    @pytest.mark.parametrize("initial", [0.0, 1.0, 2.0], ids=lambda v: f"from {v:g}")
+    @pytest.mark.parametrize("groups", [None, 2, 8], ids=lambda g: f"{g} groups" if g else "1 dimension")
+    def test_points_lie_in_the_space(self, groups: int | None, initial: float):
+        space = make_space(groups=groups, initial=initial)
+        study = self.study(space=space).run(self.budget)
+        for point in study.points:
+            assert list(point) == [d.name for d in space.dimensions]
+            assert all(type(value) is float for value in point.values())
+            assert space.encode(space.decode(point)) == point  # decode refuses a point outside the bounds
+
+    def test_first_point_is_the_initial_one(self):
+        space = make_space(initial=0.3)
+        assert self.make(space).ask(0) == space.initial()
+
+    def test_points_differ(self):
+        points = self.study().run(self.budget).points
+        assert len({tuple(p.values()) for p in points}) == self.budget
+
+    def test_unknown_option_is_refused(self):
+        with pytest.raises(SpecError, match="no_such_option"):
+            self.searcher(make_space(), seed=0, no_such_option=1)
+
+    # -- seeds and global state
+
+    def test_same_seed_same_points(self):
+        first, again, other = (self.study(seed=seed).run(self.budget).points for seed in (0, 0, 1))
+        assert first == again
+        assert first[1:] != other[1:]
+
+    def test_global_generators_do_not_matter(self):
+        """Truth: nobody relies on global random state, and nobody touches it."""
+        disturbed = self.study(disturb=reseed_everything).run(self.budget).points
+        states = global_states()
+        assert self.study().run(self.budget).points == disturbed
+        assert global_states() == states
+
+    # -- schedules
+
+    def test_needs_is_about_earlier_trials(self):
+        study = self.study()
+        needed = []
+        for n in range(self.budget):
+            needed.append(study.searcher.needs(n))
+            study.run(n + 1)
+        assert all(0 <= need <= n for n, need in enumerate(needed))
+        assert needed == sorted(needed)
+
+    @pytest.mark.parametrize("workers", [1, 2, 8])
+    def test_workers_and_their_order_do_not_matter(self, workers: int):
+        """Truth: on the reproducible schedule the study is the same on any number of workers."""
+        alone = self.study().run(self.budget)
+        for order in range(3):
+            many = self.study(workers=workers, order=order).run(self.budget)
+            assert many.points == alone.points
+            assert many.results == alone.results
+            assert many.tell_all().searcher.recommend() == alone.tell_all().searcher.recommend()
+
+    def test_larger_budget_only_adds(self):
+        whole = self.study(workers=3).run(self.budget).points
+        study = self.study(workers=3)
+        for budget in (1, 7, 8, self.budget):
+            assert len(study.run(budget).points) == budget
+        assert study.points == whole
+
+    @pytest.mark.parametrize("schedule", ["reproducible", "asynchronous"])
+    def test_killed_anywhere_it_goes_on_as_if_not(self, schedule: Literal["reproducible", "asynchronous"]):
+        """Truth: killed after any step and rebuilt from what is stored, the proposals are the same."""
+        settings: dict[str, Any] = {"workers": 3, "schedule": schedule}
+        whole = self.study(**settings).run(self.budget).points
+        for steps in range(2 * self.budget):
+            study = self.study(**settings).run(self.budget, steps=steps).kill().run(self.budget, steps=5)
+            assert study.points == whole[: len(study.points)], f"killed after {steps} steps"
+            assert 2 * len(study.points) >= min(steps + 5, 2 * self.budget)
+
+    @pytest.mark.parametrize("schedule", ["reproducible", "asynchronous"])
+    def test_killed_again_and_again(self, schedule: Literal["reproducible", "asynchronous"]):
+        whole = self.study(workers=4, schedule=schedule).run(self.budget).points
+        study = self.study(workers=4, schedule=schedule)
+        while len(study.results) < self.budget:
+            study.run(self.budget, steps=3).kill()
+        assert study.points == whole
+
+    # -- failures
+
+    @pytest.mark.parametrize("schedule", ["reproducible", "asynchronous"])
+    @pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf], ids=str)
+    def test_all_fail(self, bad: float | None, schedule: Literal["reproducible", "asynchronous"]):
+        study = self.study(lambda _: bad, workers=3, schedule=schedule).run(self.budget).tell_all()
+        assert len(study.points) == self.budget
+        assert study.searcher.recommend() is None
+
+    @pytest.mark.parametrize("bad", [None, math.nan], ids=str)
+    def test_failures_never_lead(self, bad: float | None):
+        """The score rises towards a wall, and behind the wall every evaluation fails: the search stays before it."""
+
+        def score(point: Point) -> float | None:
+            return bad if sum(point.values()) > 6.3 else sum(point.values())
+
+        study = self.study(score, workers=2).run(self.budget).tell_all()
+        assert sum(study.points[0].values()) == 6.0
+        recommended = study.searcher.recommend()
+        if recommended is not None:
+            assert sum(recommended.values()) < 7.5  # of 12; most samples around it would fail further on
+            make_space().decode(recommended)
+
+    def test_pruned_is_told_without_a_score(self):
+        searcher = self.make()
+        for n in range(self.budget):
+            point = searcher.ask(n)
+            searcher.tell(Told(n, point, "complete", smooth(point)) if n % 3 else Told(n, point, "pruned", None))
+
+    def test_equal_scores_go_on(self):
+        study = self.study(lambda _: 0.5).run(self.budget).tell_all()
+        assert len({tuple(p.values()) for p in study.points}) == self.budget
+
+    # -- learning
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_improves_over_the_initial_point(self, seed: int):
+        if self.improves_within is None:
+            pytest.skip("this searcher does not learn")
+        study = self.study(seed=seed).run(self.improves_within).tell_all()
+        start = smooth(make_space().initial())
+        assert max(told.score or start for told in study.results.values()) > 0.5 * start  # scores are negative
+        recommended = study.searcher.recommend()
+        if recommended is not None:
+            assert smooth(recommended) > 0.5 * start
