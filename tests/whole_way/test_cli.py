@@ -66,7 +66,7 @@ def test_no_arguments_print_the_help():
 def test_run_says_what_it_does(finished: tuple[Path, Run]):
     path, run = finished
     assert "search: 8 of 8" in run.err
-    assert "evomerge leaderboard" in run.text
+    assert "evomerge export" in run.out
     assert len(store(path).trials()) == 8
 
 
