@@ -29,7 +29,13 @@ class TaskFinder:
         self.manager = TaskManager(include_path=list(self.paths), include_defaults=False)
 
     def find(self, name: str, where: str) -> tuple[Any, Path]:
-        """The lm-eval task and the YAML file it is from."""
+        """The lm-eval task and the YAML file it is from.
+
+        Raises:
+            EvaluatorError: there is no such task, it is a group, or its YAML or data cannot be loaded.
+        """
+        from lm_eval.tasks._yaml_loader import load_yaml
+
         known = self.manager.task_index
         if name in known:
             path = known[name].yaml_path
@@ -42,19 +48,21 @@ class TaskFinder:
         if path is None:
             raise EvaluatorError(f"there is no lm-eval task {name!r}", where=where, remedy=self._remedy(name, known))
         try:
-            loaded = self.manager.load(str(path))
+            config = load_yaml(path, resolve_func=False)
+            if "group" in config:
+                members = [m if isinstance(m, str) else str(m.get("task")) for m in config.get("task") or []]
+                remedy = f"Name tasks of it, one by one: {', '.join(members)}."
+                raise EvaluatorError(f"{name!r} is a group of tasks", where=where, remedy=remedy)
+            (task,) = self.manager.load(str(path))["tasks"].values()
+        except EvaluatorError:
+            raise
         except Exception as error:
             raise EvaluatorError(
                 f"lm-eval could not load {name!r}: {type(error).__name__}: {error}",
                 where=str(path),
                 remedy="Are its data here? A data set of a hub that is out of reach must be in the local cache.",
             ) from error
-        tasks = loaded["tasks"]
-        if loaded.get("groups") or len(tasks) != 1:
-            raise EvaluatorError(
-                f"{name!r} is a group of tasks", where=where, remedy=f"Name its tasks: {', '.join(tasks)}."
-            )
-        return next(iter(tasks.values())), path
+        return task, path
 
     def _remedy(self, name: str, known: Mapping[str, Any]) -> str:
         from lm_eval.tasks._yaml_loader import load_yaml

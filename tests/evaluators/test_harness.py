@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,8 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory, target: Target) -> Pa
     )  # fmt: skip
     task(
         "write",
-        output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{answer}}", generation_kwargs=generation,
-        metric_list=metrics("exact_match"),
+        output_type="generate_until", doc_to_text="{{question}}", doc_to_target="{{answer}}",
+        generation_kwargs=generation, metric_list=metrics("exact_match"),
     )  # fmt: skip
     first = [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]
     task(
@@ -135,9 +134,9 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory, target: Target) -> Pa
 
 def evaluator(folder: Path, *, batch_size: int = 5, **tasks: dict[str, Any]) -> Evaluator:
     specs = {}
-    for name, options in tasks.items():
-        options = dict(options)
-        specs[name] = TaskSpec(name, options.pop("weight", 1.0), options.pop("metric", None), options)
+    for name, given in tasks.items():
+        options = {key: value for key, value in given.items() if key != "metric"}
+        specs[name] = TaskSpec(name, metric=given.get("metric"), options=options)
     return load_evaluator(str(HARNESS), EvaluatorContext(folder, specs, {"include_path": "."}, batch_size=batch_size))
 
 
@@ -150,33 +149,38 @@ def evaluate_all(harness: Evaluator, target: Target) -> tuple[dict[int, Outcome]
 
 
 @pytest.fixture(scope="module")
-def simple_evaluate(target: Target, tasks_folder: Path) -> Callable[..., list[dict[str, Any]]]:
-    """lm-eval's samples of one task, in document order (one a filter)."""
-    import lm_eval
+def language_model(target: Target) -> Any:
     from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=3)
+
+
+def task_manager(folder: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=3)
-    manager = TaskManager(include_path=str(tasks_folder), include_defaults=False)
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
-    def samples(task: str, **options: Any) -> list[dict[str, Any]]:
-        result = lm_eval.simple_evaluate(
-            lm, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0, **options
-        )
-        assert result is not None
-        return sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
 
-    return samples
+@pytest.fixture(scope="module")
+def samples(language_model: Any, tasks_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What lm_eval.simple_evaluate makes of every document, by task (one sample a filter)."""
+    import lm_eval
+
+    names = ["choice", "shots", "blank", "write", "filtered", "last_word", "whole"]
+    result = lm_eval.simple_evaluate(
+        language_model, tasks=names, task_manager=task_manager(tasks_folder), log_samples=True, bootstrap_iters=0
+    )
+    assert result is not None
+    return result["samples"]
 
 
 @pytest.mark.parametrize("task", ["choice", "shots", "blank"])
-def test_multiple_choice_is_lm_evals_item_by_item(task, target, tasks_folder, simple_evaluate):
+def test_multiple_choice_is_lm_evals_item_by_item(task, target, tasks_folder, samples):
     harness = evaluator(tasks_folder, **{task: {}})
     outcomes, items = evaluate_all(harness, target)
-    samples = simple_evaluate(task)
-    assert len(samples) == len(outcomes) == ITEMS
+    assert len(samples[task]) == len(outcomes) == ITEMS
     ties = []
-    for sample in samples:
+    for sample in samples[task]:
         i = sample["doc_id"]
         theirs = [response[0][0] for response in sample["resps"]]
         right = sample["doc"]["label"]
@@ -192,41 +196,43 @@ def test_multiple_choice_is_lm_evals_item_by_item(task, target, tasks_folder, si
             assert ours["acc_norm"] == sample["acc_norm"]
     print(f"{task}: {len(ties)} ties within {2 * TOLERANCE} nats: {ties}")
     assert len(ties) <= 1
-    assert 0 < sum(sample["acc"] for sample in samples) < ITEMS
+    assert 0 < sum(sample["acc"] for sample in samples[task]) < ITEMS
 
 
 @pytest.mark.parametrize("task", ["choice", "shots", "blank", "last_word"])
-def test_every_choices_loglikelihood_and_greediness_are_lm_evals(task, target, tasks_folder, simple_evaluate):
+def test_every_choices_loglikelihood_and_greediness_are_lm_evals(task, target, tasks_folder, samples):
     harness: Any = evaluator(tasks_folder, **{task: {}})
     _, items = evaluate_all(harness, target)
     ids = [item.id for item in items.values()]
     answers = harness._questions[task, ""].answers(target.model, ids)
-    for sample in simple_evaluate(task):
+    for sample in samples[task]:
         ours = answers[items[sample["doc_id"]].id]
         for (value, greedy), response in zip(ours, sample["resps"], strict=True):
             assert value == pytest.approx(response[0][0], abs=TOLERANCE)
             assert greedy == response[0][1]
 
 
-@pytest.mark.parametrize("task", ["shots", "no_examples"])
-def test_prompts_with_examples_are_lm_evals(task, target, tasks_folder, simple_evaluate):
-    """no_examples draws from the test split itself: equal where the study leaves its items out of the pool."""
-    harness: Any = evaluator(tasks_folder, **{task: {}})
-    items = [item for item in harness.load() if item.own_split == "test"]
-    if task == "no_examples":
-        items = items[:10]
-        pool = {item.text for item in harness.load()} - {item.text for item in items}
-        harness.prepare(target, items)
-        for item in items:
-            prompt = harness._instances[item.id][0].args[0]
-            examples = prompt.split("\n\n")[:-1]
-            assert len(examples) == 5
-            assert all(any(example.startswith(text.split("?")[0]) for text in pool) for example in examples)
-        return
+def test_prompts_with_examples_are_lm_evals(target, tasks_folder, samples):
+    harness: Any = evaluator(tasks_folder, shots={})
+    _, items = evaluate_all(harness, target)
+    for sample in samples["shots"]:
+        asked = [instance.args for instance in harness._instances[items[sample["doc_id"]].id]]
+        assert asked == [tuple(arguments) for arguments in sample["arguments"]]
+        assert asked[0][0].startswith("Pick one.")
+
+
+def test_examples_come_from_none_of_the_studys_items(target, tasks_folder):
+    """The task draws its examples from its own test split, and one of them is a study's item in other letters."""
+    harness: Any = evaluator(tasks_folder, no_examples={})
+    everything = harness.load()
+    items = everything[:10]
+    left = {item.text.split("?")[0] for item in everything[10:]}
     harness.prepare(target, items)
-    for sample in simple_evaluate(task):
-        item = next(i for i in items if i.data["index"] == sample["doc_id"])
-        assert [instance.args for instance in harness._instances[item.id]] == [tuple(a) for a in sample["arguments"]]
+    for item in items:
+        *examples, own = harness._instances[item.id][0].args[0].split("\n\n")
+        assert len(examples) == 5
+        assert {example.split("?")[0] for example in examples} <= left
+        assert item.text.startswith(own)
 
 
 def test_a_subset_of_the_study_keeps_the_examples_of_the_whole(target, tasks_folder):
@@ -240,11 +246,11 @@ def test_a_subset_of_the_study_keeps_the_examples_of_the_whole(target, tasks_fol
     assert prompts[1].items() <= prompts[0].items()
 
 
-def test_generation_is_lm_evals_item_by_item(target, tasks_folder, simple_evaluate):
+def test_generation_is_lm_evals_item_by_item(target, tasks_folder, samples):
     harness: Any = evaluator(tasks_folder, write={})
     outcomes, items = evaluate_all(harness, target)
     texts = harness._questions["write", ""].answers(target.model, [item.id for item in items.values()])
-    samples = simple_evaluate("write")
+    samples = samples["write"]
     assert len(samples) == ITEMS
     for sample in samples:
         assert texts[items[sample["doc_id"]].id] == sample["resps"][0]
@@ -253,19 +259,19 @@ def test_generation_is_lm_evals_item_by_item(target, tasks_folder, simple_evalua
     assert any(len(text[0]) < 5 for text in texts.values()), "no stop string was ever met"
 
 
-def test_several_filters_give_a_metric_each(target, tasks_folder, simple_evaluate):
+def test_several_filters_give_a_metric_each(target, tasks_folder, samples):
     harness = evaluator(tasks_folder, filtered={"metric": "exact_match,first"})
     outcomes, _ = evaluate_all(harness, target)
-    for sample in simple_evaluate("filtered"):
+    for sample in samples["filtered"]:
         assert outcomes[sample["doc_id"]].values[f"exact_match,{sample['filter']}"] == sample["exact_match"]
     assert harness.metric("filtered") == "exact_match,first"
     assert evaluator(tasks_folder, filtered={}).metric("filtered") == "exact_match,all"
 
 
-def test_loglikelihood_and_its_perplexity_are_lm_evals(target, tasks_folder, simple_evaluate):
+def test_loglikelihood_and_its_perplexity_are_lm_evals(target, tasks_folder, samples):
     harness = evaluator(tasks_folder, last_word={})
     outcomes, _ = evaluate_all(harness, target)
-    samples = simple_evaluate("last_word")
+    samples = samples["last_word"]
     for sample in samples:
         ours = outcomes[sample["doc_id"]].values
         assert ours["loglikelihood"] == pytest.approx(sample["perplexity"], abs=TOLERANCE)
@@ -275,10 +281,10 @@ def test_loglikelihood_and_its_perplexity_are_lm_evals(target, tasks_folder, sim
     assert harness.aggregate("last_word", list(outcomes.values())) == pytest.approx(mean, abs=TOLERANCE)
 
 
-def test_rolling_loglikelihood_is_lm_evals_beyond_the_context_length(target, tasks_folder, simple_evaluate):
+def test_rolling_loglikelihood_is_lm_evals_beyond_the_context_length(target, tasks_folder, samples):
     harness = evaluator(tasks_folder, whole={})
     outcomes, _ = evaluate_all(harness, target)
-    samples = simple_evaluate("whole")
+    samples = samples["whole"]
     assert any(len(sample["doc"]["text"]) > 256 for sample in samples), "no text has several windows"
     for sample in samples:
         total, size = sample["word_perplexity"]
@@ -292,23 +298,25 @@ def test_rolling_loglikelihood_is_lm_evals_beyond_the_context_length(target, tas
     assert harness.aggregate("whole", list(outcomes.values())) == pytest.approx(total / words, abs=TOLERANCE)
 
 
-def test_chat_template_and_system_instruction_are_lm_evals(target, tasks_folder, simple_evaluate):
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-    )
+def test_chat_template_and_system_instruction_are_lm_evals(target, tasks_folder, language_model):
+    import lm_eval
+
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     options = {"apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": True}
+    loaded: Any = task_manager(tasks_folder).load(["shots"])
+    loaded["tasks"]["shots"].set_fewshot_seed(1234)
     try:
-        target.tokenizer.chat_template = template
+        target.tokenizer.chat_template = turns + "{% if add_generation_prompt %}<a>{% endif %}"
         harness: Any = evaluator(tasks_folder, shots=options)
         outcomes, items = evaluate_all(harness, target)
-        samples = simple_evaluate("shots", **options)
+        result: Any = lm_eval.evaluate(language_model, loaded, bootstrap_iters=0, **options)
     finally:
         target.tokenizer.chat_template = None
-    for sample in samples:
+    for sample in result["samples"]["shots"]:
         i = sample["doc_id"]
-        assert [instance.args for instance in harness._instances[items[i].id]] == [
-            tuple(a) for a in sample["arguments"]
-        ]
+        asked = [instance.args for instance in harness._instances[items[i].id]]
+        assert asked == [tuple(arguments) for arguments in sample["arguments"]]
+        assert "<system>Be brief." in asked[0][0]
         right = sample["resps"][sample["doc"]["label"]][0][0]
         assert outcomes[i].values["loglikelihood"] == pytest.approx(right, abs=TOLERANCE)
 
