@@ -167,8 +167,18 @@ def open_or_create(plan: Plan, url: str, options: Options, progress: Progress, *
     return store, new_budget(options.budget, record["budget"])
 
 
-def run_study(spec: Spec, options: Options, progress: Progress, *, must_exist: bool = False) -> Store:
+def run_study(
+    spec: Spec,
+    options: Options,
+    progress: Progress,
+    *,
+    must_exist: bool = False,
+    make_pool: Callable[[], Pool] | None = None,
+) -> Store:
     """Plan, search, finish; returns the store for the leaderboard.
+
+    Args:
+        make_pool: another place to run workers than the options name.
 
     Raises:
         UserError: the input is wrong; nothing was started.
@@ -183,7 +193,7 @@ def run_study(spec: Spec, options: Options, progress: Progress, *, must_exist: b
         if budget != store.record["budget"]:
             store.update_record(budget=budget)
         stop = StopSignal()
-        runner = Runner(plan, store, pool_factory(plan, options), stop, progress, plan.spec.workers.retries)
+        runner = Runner(plan, store, make_pool or pool_factory(plan, options), stop, progress, plan.spec.workers.retries)
         with stop.installed(progress.log):
             try:
                 Study(plan, store, runner, progress, budget=budget, seconds=options.seconds or plan.spec.search.seconds).run()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LOG_EVERY_SECONDS = 5.0
+QUICK_SECONDS = 1.0  # reading and writing that takes less is not worth a line
 
 
 def clock(seconds: float) -> str:
@@ -50,6 +51,8 @@ class Stage:
             self.progress._update_bar(self._bar, done, f"{self._count()}  {self._text()}")
             return
         now = time.monotonic()
+        if self.unit == "B" and now - self.started < QUICK_SECONDS:
+            return
         if now - self._logged_at >= LOG_EVERY_SECONDS or (done >= self.total and self._logged_done < self.total):
             self._logged_at, self._logged_done = now, done
             self.progress.log(f"{self.title}: {self._count()}  {self._text()}".rstrip())

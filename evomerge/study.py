@@ -94,7 +94,9 @@ class Study:
                     self.record(done)
                     stage.advance(1, self._best_note())
         self._stop_if_asked()
-        if self.budget and not any(t.state == "complete" for t in self.trials):
+        if not self.trials:
+            raise NothingCompleted("the time limit was over before the first candidate was proposed")
+        if not any(t.state == "complete" for t in self.trials):
             reasons = "; ".join(sorted({str(t.failure) for t in self.trials})[:3])
             raise NothingCompleted(f"all {len(self.trials)} candidates failed: {reasons}")
 

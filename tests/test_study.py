@@ -1,0 +1,389 @@
+"""The study loop on a real tiny family: schedules, retries, crashes at every store write, finish."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import Interrupted
+from evomerge.launch import Options, run_study, sqlite_url
+from evomerge.pools import Failure, Job, Result, WorkerSpec
+from evomerge.progress import Progress
+from evomerge.spec import load_spec
+from evomerge.store import Store
+from evomerge.study import NothingCompleted
+from evomerge.worker import Worker
+
+# Looks at the merged weights only: real merges, and hundreds of evaluations a second.
+EVALUATOR = '''
+import torch
+
+def items():
+    return [{"task": task, "text": f"{task} {i}"} for task in ("one", "two") for i in range(12)]
+
+def score(model, tokenizer, items):
+    scores = []
+    for item in items:
+        task, number = item["text"].split()
+        layer = model.model.layers[int(number) % 4]
+        weight = layer.self_attn.q_proj.weight if task == "one" else layer.mlp.up_proj.weight
+        scores.append(-float((weight[int(number)].double() * 1000).sum().abs() + weight.double().pow(2).sum()))
+    return scores
+'''
+
+BUDGET = 14
+
+
+class ShuffledPool:
+    """Real workers' results in a random order, with faults on demand: a pool that a test can steer.
+
+    Args:
+        slots: how many jobs run at the same time.
+        faults: (key, attempt) -> what comes back instead of the worker's own result.
+    """
+
+    worker: Worker | None = None  # shared: an outcome is a function of recipe and item
+
+    def __init__(self, slots: int = 1, order_seed: int = 0, faults: Callable[[Job], Result | None] | None = None):
+        self.slots, self.random, self.faults = slots, random.Random(order_seed), faults
+        self.jobs: list[Job] = []
+        self.submitted: list[Job] = []
+        self.extra: list[Result] = []
+
+    def start(self, spec: WorkerSpec) -> None:
+        if ShuffledPool.worker is None or ShuffledPool.worker.spec != spec:
+            ShuffledPool.worker = Worker(spec)
+
+    def idle(self) -> int:
+        return self.slots - len(self.jobs)
+
+    def submit(self, job: Job) -> None:
+        assert self.idle() > 0
+        self.jobs.append(job)
+        self.submitted.append(job)
+
+    def wait(self, seconds: float) -> list[Result]:
+        if self.extra:
+            late, self.extra = self.extra, []
+            return late
+        if not self.jobs:
+            return []
+        job = self.jobs.pop(self.random.randrange(len(self.jobs)))
+        fault = self.faults(job) if self.faults else None
+        if fault is not None:
+            return [fault]
+        assert self.worker is not None
+        return [self.worker.evaluate(job)]
+
+    def close(self) -> None:
+        self.jobs.clear()
+
+
+def lost(job: Job) -> Result:
+    return Result(job.key, job.attempt, None, Failure("lost", "the worker was killed (SIGKILL)"))
+
+
+@pytest.fixture
+def write(experiment: Callable[..., Path]) -> Callable[..., Path]:
+    """An experiment file of the tiny family with the weights evaluator."""
+
+    def make(**keys) -> Path:
+        search = {"method": "cma", "budget": BUDGET, "population": 4, **keys.pop("search", {})}
+        if search["method"] != "cma":
+            del search["population"]
+        split = {"search": 4, "select": 4, "test": 4}
+        evaluate = {"with": "my_eval.py@score", "tasks": {"one": {}, "two": {}}, "split": split}
+        evaluate["finish"] = {"top": 3, "sweep": [0.5, 1.0]}
+        path = experiment(search=search, evaluate=evaluate, **keys)
+        (path.parent / "my_eval.py").write_text(EVALUATOR)
+        return path
+
+    return make
+
+
+def run(path: Path, pool: ShuffledPool | None = None, *, store: str = "study.db", **options) -> Store:
+    storage = sqlite_url(path.parent / store)
+    pool = pool or ShuffledPool()
+    return run_study(load_spec(path), Options(storage=storage, **options), Progress(quiet=True), make_pool=lambda: pool)
+
+
+def trajectory(store: Store) -> list[tuple]:
+    return [(t.n, t.state, dict(t.point), t.score, t.failure) for t in store.trials()]
+
+
+def scores(store: Store) -> dict[str, float]:
+    return {e.key: e.objective for e in store.evaluations()}
+
+
+@pytest.mark.parametrize("method", ["cma", "tpe", "random"])
+@pytest.mark.parametrize("slots", [2, 4])
+def test_the_reproducible_schedule_gives_one_study_whatever_the_workers_and_the_order(write, method, slots):
+    path = write(search={"method": method})
+    alone = run(path, store="alone.db")
+    shuffled = run(path, ShuffledPool(slots, order_seed=slots), store="shuffled.db")
+    assert len(alone.trials()) == BUDGET
+    assert trajectory(shuffled) == trajectory(alone)
+    assert scores(shuffled) == scores(alone)
+
+
+class Crash(BaseException):
+    """The driver dies here: not an Exception, so that nothing tidies up after it."""
+
+
+WRITES = ("add_trial", "save_evaluation", "finish_trial", "log_attempt", "update_record")
+
+
+@pytest.mark.parametrize("method", ["cma", "tpe"])
+def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(write, monkeypatch, method):
+    """The process is gone before, or right after, its k-th write, for k all over the run; then resumed, and so on."""
+    path = write(search={"method": method, "budget": 8})
+    whole = run(path, store="whole.db")
+    counter = {"left": 0, "after": False}
+
+    def dying(original):
+        def write_or_die(self, *args, **kwargs):
+            counter["left"] -= 1
+            if counter["left"] == 0 and not counter["after"]:
+                raise Crash
+            result = original(self, *args, **kwargs)
+            if counter["left"] == 0:
+                raise Crash
+            return result
+
+        return write_or_die
+
+    for name in WRITES:
+        monkeypatch.setattr(Store, name, dying(getattr(Store, name)))
+    crashes = 0
+    for step in (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29):
+        counter.update(left=step, after=bool(step % 2))
+        try:
+            run(path, ShuffledPool(2, order_seed=step), store="crashed.db")
+        except Crash:
+            crashes += 1
+        else:
+            break
+    counter.update(left=10**9)
+    resumed = run(path, ShuffledPool(2), store="crashed.db")
+    assert crashes >= 8
+    assert trajectory(resumed) == trajectory(whole)
+    assert scores(resumed) == scores(whole)
+
+
+def test_a_lost_worker_costs_an_attempt_and_changes_nothing(write):
+    path = write()
+    whole = run(path, store="whole.db")
+
+    def fault(job: Job) -> Result | None:
+        return lost(job) if job.attempt == 1 and job.key in ("trial:3/search", "trial:9/search") else None
+
+    pool = ShuffledPool(2, faults=fault)
+    disturbed = run(path, pool, store="disturbed.db")
+    assert trajectory(disturbed) == trajectory(whole)
+    assert [j.attempt for j in pool.submitted if j.key == "trial:3/search"] == [1, 2]
+    states = [(a.attempt, a.state) for a in disturbed.attempts("trial:3/search")]
+    assert states == [(1, "started"), (1, "lost"), (2, "started"), (2, "complete")]
+
+
+def test_a_candidate_that_loses_every_worker_fails_after_the_stated_retries(write):
+    path = write(workers={"retries": 1})
+    pool = ShuffledPool(faults=lambda job: lost(job) if job.key == "trial:2/search" else None)
+    store = run(path, pool)
+    trial = store.trials()[2]
+    assert (trial.state, trial.score) == ("fail", None)
+    assert trial.failure is not None and "lost its worker 2 times" in trial.failure and "SIGKILL" in trial.failure
+    assert [j.attempt for j in pool.submitted if j.key == "trial:2/search"] == [1, 2]
+    assert len(store.trials()) == BUDGET
+
+
+def test_a_failed_candidate_is_not_retried_does_not_rank_and_does_not_stop_the_search(write):
+    def fault(job: Job) -> Result | None:
+        n = job.key.removeprefix("trial:").partition("/")[0]
+        if job.key.startswith("trial:") and job.key.endswith("/search") and int(n) % 2:
+            return Result(job.key, job.attempt, None, Failure("nan", "the score of item x is nan"))
+        return None
+
+    path = write()
+    pool = ShuffledPool(2, faults=fault)
+    store = run(path, pool)
+    trials = store.trials()
+    assert [t.state for t in trials] == ["complete", "fail"] * (BUDGET // 2)
+    assert all(t.failure == "nan: the score of item x is nan" for t in trials[1::2])
+    assert len([j for j in pool.submitted if j.key.startswith("trial:") and j.key.endswith("/search")]) == BUDGET
+    finalists = {e.subject for e in store.evaluations("select") if e.subject.startswith("trial:")}
+    assert finalists and all(int(s.removeprefix("trial:")) % 2 == 0 for s in finalists)
+    # A failure stays one when the study is opened again.
+    again = ShuffledPool()
+    run(path, again)
+    assert again.submitted == []
+
+
+def test_the_same_result_twice_and_a_result_after_the_end_are_ignored(write):
+    path = write()
+    whole = run(path, store="whole.db")
+
+    class Stuttering(ShuffledPool):
+        def wait(self, seconds: float) -> list[Result]:
+            results = super().wait(seconds)
+            self.extra = [] if results and results[0].worker == "again" else list(results)
+            return results
+
+    stuttering = run(path, Stuttering(2), store="twice.db")
+    assert trajectory(stuttering) == trajectory(whole)
+
+
+def test_all_candidates_failing_ends_with_the_reason(write):
+    def fault(job: Job) -> Result | None:
+        failed = job.key.startswith("trial:")
+        return Result(job.key, job.attempt, None, Failure("error", "no such luck")) if failed else None
+
+    path = write()
+    with pytest.raises(NothingCompleted, match="no such luck"):
+        run(path, ShuffledPool(faults=fault))
+
+
+def test_a_base_that_cannot_be_evaluated_ends_the_run_before_the_search(write):
+    path = write()
+    pool = ShuffledPool(faults=lambda job: Result(job.key, job.attempt, None, Failure("error", "broken evaluator")))
+    with pytest.raises(NothingCompleted, match="broken evaluator"):
+        run(path, pool)
+    assert not any(job.key.startswith("trial:") for job in pool.submitted)
+
+
+@pytest.mark.parametrize("method", ["cma", "tpe", "random"])
+def test_a_larger_budget_later_gives_what_it_would_have_given_at_once(write, method):
+    path = write(search={"method": method, "budget": 10})
+    run(path, store="grown.db")
+    grown = run(path, store="grown.db", budget="+7")
+    whole = run(path, store="whole.db", budget="17")
+    assert len(grown.trials()) == 17
+    assert trajectory(grown) == trajectory(whole)
+    assert [r["trials"] for r in grown.record["rounds"]] == [10, 17]
+
+
+def test_a_stop_drains_and_the_study_resumes_as_if_uninterrupted(write):
+    path = write()
+    whole = run(path, store="whole.db")
+
+    class Stopping(ShuffledPool):
+        def wait(self, seconds: float) -> list[Result]:
+            results = super().wait(seconds)
+            if any(r.key == "trial:6/search" for r in results):
+                Store.open(sqlite_url(path.parent / "stopped.db"), "tiny").request_stop()
+            return results
+
+    import evomerge.running
+
+    poll, evomerge.running.STOP_POLL_SECONDS = evomerge.running.STOP_POLL_SECONDS, 0.0
+    try:
+        with pytest.raises(Interrupted):
+            run(path, Stopping(2), store="stopped.db")
+    finally:
+        evomerge.running.STOP_POLL_SECONDS = poll
+    halfway = Store.open(sqlite_url(path.parent / "stopped.db"), "tiny").trials()
+    assert 6 < len(halfway) < BUDGET
+    assert all(t.state == "complete" for t in halfway)  # drained
+    assert trajectory(run(path, store="stopped.db")) == trajectory(whole)
+
+
+def test_the_asynchronous_schedule_replays_its_own_log(write, monkeypatch):
+    """After a crash the searcher has been told the same trials in the same order as before it."""
+    path = write(search={"schedule": "asynchronous"})
+    told: list[int] = []
+    from evomerge.searchers.cma import CMASearcher
+
+    tell = CMASearcher.tell
+    monkeypatch.setattr(CMASearcher, "tell", lambda self, trial: (told.append(trial.n), tell(self, trial))[1])
+
+    class Dying(ShuffledPool):
+        def wait(self, seconds: float) -> list[Result]:
+            if len(told) >= 9:
+                raise Crash
+            return super().wait(seconds)
+
+    with pytest.raises(Crash):
+        run(path, Dying(4, order_seed=3))
+    before, told[:] = list(told), []
+    store = run(path, ShuffledPool(4, order_seed=4))
+    assert before != sorted(before)  # they did come out of order
+    assert told[: len(before)] == before
+    assert sorted(told) == list(range(BUDGET))
+    assert [t.state for t in store.trials()] == ["complete"] * BUDGET
+
+
+def test_identical_recipes_are_evaluated_once(write):
+    """Task arithmetic at its best lambda is one of the sweep, and random proposals may repeat."""
+    pool = ShuffledPool()
+    store = run(write(), pool)
+    started = [(job.recipe["method"], str(job.recipe["groups"]), job.item_ids) for job in pool.submitted]
+    assert len(started) == len(set(started))
+    assert store.evaluation("control:task_arithmetic/search").objective in {
+        e.objective for e in store.evaluations("search") if e.subject.startswith("sweep:")
+    }
+
+
+def test_controls_and_winner_are_on_every_split_and_only_they_read_test(write):
+    store = run(write())
+    controls = {"base", "expert:expert0", "expert:expert1", "average", "task_arithmetic", "random"}
+    subjects = {split: {e.subject for e in store.evaluations(split)} for split in ("search", "select", "test")}
+    for found in subjects.values():
+        assert {f"control:{name}" for name in controls} <= found
+    winner = store.record["rounds"][-1]["winner"]
+    assert subjects["test"] == {f"control:{name}" for name in controls} | {winner}
+    best = max((e for e in store.evaluations("select") if not e.subject.startswith("control:")), key=lambda e: e.objective)
+    assert best.subject == winner
+    # top: 3 in the experiment, and the mean that the searcher recommends
+    assert len(subjects["select"] - {f"control:{name}" for name in controls}) <= 4
+
+
+def test_the_base_control_is_the_base_and_an_expert_control_is_that_expert(write):
+    """Held against the checkpoints themselves, loaded by transformers and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from evomerge.merging import Merger, load_resident
+    from evomerge.recipe import Recipe
+
+    path = write()
+    store = run(path)
+    base = path.parent / "base"
+    controls = {e.subject: Recipe.from_dict(e.recipe) for e in store.evaluations("search")}
+    model = load_resident(base, auto_class="AutoModelForCausalLM", compute_dtype="float32", device="cpu")
+    assert ShuffledPool.worker is not None
+    merger: Merger = ShuffledPool.worker.merger
+    merger.into(model, controls["control:expert:expert0"])
+    adapted = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(adapted, path.parent / "expert0").merge_and_unload()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), merged.named_parameters(), strict=True):
+        assert torch.allclose(ours, theirs.to(torch.bfloat16).float(), rtol=2**-7, atol=1e-6), name
+    merger.into(model, controls["control:base"])
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_time_limit_ends_proposing_and_finish_still_runs(write, monkeypatch):
+    """The clock is the test's: a minute an evaluation, from the first trial on."""
+    import types
+
+    clock = {"now": 0.0}
+    monkeypatch.setattr("evomerge.study.time", types.SimpleNamespace(monotonic=lambda: clock["now"], time=lambda: 0.0))
+
+    class Minutes(ShuffledPool):
+        def wait(self, seconds: float) -> list[Result]:
+            results = super().wait(seconds)
+            clock["now"] += 60 * sum(r.key.startswith("trial:") and r.key.endswith("/search") for r in results)
+            return results
+
+    store = run(write(), Minutes(), seconds=270.0)
+    assert [t.state for t in store.trials()] == ["complete"] * 5  # the fifth was proposed at 240 s
+    assert store.record["rounds"][-1]["trials"] == 5
+
+
+def test_a_time_limit_before_the_first_candidate_says_so(write):
+    with pytest.raises(NothingCompleted, match="time limit"):
+        run(write(), seconds=-1.0)
