@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from evomerge.testing import tiny
 
-from .support import Run, evomerge
+from .support import Run, Server, evomerge
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Command lines in processes of their own that start at once."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def score(model, tokenizer, items):
     with open(HERE / "calls.txt", "a") as calls:
         calls.write(f"{{os.getpid()}}\\n")
     weights = b"".join(p.detach().float().sum().numpy().tobytes() for p in model.parameters())
-    time.sleep(PAUSE * (zlib.crc32(weights) % 101) / 100)
+    time.sleep(PAUSE * (10 + zlib.crc32(weights) % 91) / 100)
     scores = []
     for item in items:
         ids = torch.tensor([tokenizer(item["text"])["input_ids"]])
@@ -51,11 +52,12 @@ def score(model, tokenizer, items):
 
 @dataclass(frozen=True)
 class Run:
-    """A command that has ended: its exit code and what it printed."""
+    """A command that has ended: its exit code, what it printed, and the code of models that it loaded, if known."""
 
     code: int
     out: str
     err: str
+    model_modules: tuple[str, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -88,13 +90,46 @@ def end(process: subprocess.Popen[str], *, seconds: float = 180) -> Run:
 
 
 def evomerge(
-    *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 180, **env: str
+    *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 180, **environment: str
 ) -> Run:
-    """Run `evomerge ARGUMENTS` and expect ``code`` (None: any)."""
-    run = end(start(*arguments, cwd=cwd, **env), seconds=seconds)
-    if code is not None:
-        assert run.code == code, f"exit code {run.code} instead of {code}\n{run.text}"
+    """Run `evomerge ARGUMENTS` in a new interpreter and expect ``code`` (None: any)."""
+    return expect(end(start(*arguments, cwd=cwd, **environment), seconds=seconds), code)
+
+
+def expect(run: Run, code: int | None) -> Run:
+    assert code is None or run.code == code, f"exit code {run.code} instead of {code}\n{run.text}"
     return run
+
+
+class Server:
+    """Runs command lines in processes forked from one that has imported what they need (see server.py)."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, **environment: str) -> Run:
+        """Run `evomerge ARGUMENTS` and expect ``code`` (None: any)."""
+        if self._process is None:
+            command = [sys.executable, str(Path(__file__).with_name("server.py"))]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            request = {
+                "arguments": [str(a) for a in arguments], "cwd": str(cwd or Path.cwd()), "environment": environment,
+                "out": str(out), "err": str(err),
+            }  # fmt: skip
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline())
+            run = Run(answer["code"], out.read_text(), err.read_text(), tuple(answer["model_modules"]))
+        return expect(run, code)
+
+    def close(self) -> None:
+        if self._process is not None:
+            kill_tree(self._process.pid)
+            self._process.wait()
 
 
 def kill_tree(pid: int) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,47 +10,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .support import Run, files
+from .support import Run, Server, files
 
-# Runs the command line and says at the end whether it came as far as loading a model.
-PROBE = """
-import sys
-from evomerge.cli import main
-sys.argv = ["evomerge", *sys.argv[1:]]
-try:
-    main()
-finally:
-    loaded = [m for m in sys.modules if m.startswith("transformers.models.") and ".modeling_" in m]
-    print("MODEL CODE LOADED" if loaded else "no model code loaded", file=sys.stderr)
-"""
+Refuse = Callable[..., Run]
+RunRefused = Callable[..., None]
 
 
-def refused(*arguments: str | Path, cwd: Path) -> Run:
-    """Run the command line on bad input in ``cwd``: it must end with 2, before any model and leaving nothing behind."""
-    before = files(cwd)
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    run = Run(done.returncode, done.stdout, done.stderr)
-    assert run.code == 2, f"exit code {run.code}\n{run.text}"
-    assert "Traceback" not in run.text, run.text
-    assert "no model code loaded" in run.err, run.text
-    assert files(cwd) == before, f"left behind: {files(cwd) - before}"
-    return run
+@pytest.fixture
+def refused(server: Server) -> Refuse:
+    """Runs a command on bad input in ``cwd``: it must end with 2, before any model, and leave nothing behind."""
+
+    def refuse(*arguments: str | Path, cwd: Path) -> Run:
+        before = files(cwd)
+        run = server.run(*arguments, cwd=cwd, code=2)
+        assert "Traceback" not in run.text, run.text
+        assert run.model_modules == (), run.text
+        assert files(cwd) == before, f"left behind: {files(cwd) - before}"
+        return run
+
+    return refuse
 
 
-def run_refused(path: Path, *names: str) -> None:
-    """`evomerge run` refuses the experiment at ``path`` in words that hold each of ``names``."""
-    text = " ".join(refused("run", path.name, cwd=path.parent).err.split())
-    for name in names:
-        assert name in text, f"{name!r} is not named in:\n{text}"
+@pytest.fixture
+def run_refused(refused: Refuse) -> RunRefused:
+    """`evomerge run` refuses an experiment file in words that hold each of ``names``."""
+
+    def check(path: Path, *names: str) -> None:
+        text = " ".join(refused("run", path.name, cwd=path.parent).err.split())
+        for name in names:
+            assert name in text, f"{name!r} is not named in:\n{text}"
+
+    return check
 
 
 def change(path: Path, **keys) -> None:
@@ -99,7 +86,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("case", BAD_VALUES)
-def test_bad_value(experiment: Callable[..., Path], case: str):
+def test_bad_value(run_refused: RunRefused, experiment: Callable[..., Path], case: str):
     if "GPU" in case and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     changes, names = BAD_VALUES[case]
@@ -108,29 +95,29 @@ def test_bad_value(experiment: Callable[..., Path], case: str):
     run_refused(path, *names)
 
 
-def test_experiment_file_is_missing(tmp_path: Path):
+def test_experiment_file_is_missing(refused: Refuse, tmp_path: Path):
     assert "nowhere.yaml" in refused("run", "nowhere.yaml", cwd=tmp_path).err
 
 
-def test_experiment_file_is_no_yaml(tmp_path: Path):
+def test_experiment_file_is_no_yaml(refused: Refuse, tmp_path: Path):
     (tmp_path / "experiment.yaml").write_text("name: [tiny\nbase: base\n")
     assert "experiment.yaml" in refused("run", "experiment.yaml", cwd=tmp_path).err
 
 
-def test_yaml_tags_run_nothing(tmp_path: Path):
+def test_yaml_tags_run_nothing(refused: Refuse, tmp_path: Path):
     marker = tmp_path / "ran"
     (tmp_path / "experiment.yaml").write_text(f"name: !!python/object/apply:os.system ['touch {marker}']\n")
     refused("run", "experiment.yaml", cwd=tmp_path)
     assert not marker.exists()
 
 
-def test_evaluator_is_missing(experiment: Callable[..., Path]):
+def test_evaluator_is_missing(run_refused: RunRefused, experiment: Callable[..., Path]):
     path = experiment()
     change(path, evaluate={"with": "their_eval.py@score"})
     run_refused(path, "their_eval.py")
 
 
-def test_evaluator_has_no_such_function(experiment: Callable[..., Path]):
+def test_evaluator_has_no_such_function(run_refused: RunRefused, experiment: Callable[..., Path]):
     path = experiment()
     change(path, evaluate={"with": "my_eval.py@scores"})
     run_refused(path, "my_eval.py", "scores")
@@ -139,25 +126,27 @@ def test_evaluator_has_no_such_function(experiment: Callable[..., Path]):
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def test_base_is_missing(experiment: Callable[..., Path]):
+def test_base_is_missing(run_refused: RunRefused, experiment: Callable[..., Path]):
     path = experiment()
     change(path, base="nowhere")
     run_refused(path, "nowhere", "base")
 
 
-def test_expert_is_missing(experiment: Callable[..., Path]):
+def test_expert_is_missing(run_refused: RunRefused, experiment: Callable[..., Path]):
     path = experiment()
     change(path, experts={"expert1": "nowhere"})
     run_refused(path, "nowhere", "expert1")
 
 
-def test_expert_of_another_architecture(experiment: Callable[..., Path], dense_family: Path, moe_family: Path):
+def test_expert_of_another_architecture(
+    run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path, moe_family: Path
+):
     path = experiment(dense_family)
     change(path, experts={"expert1": str(moe_family / "expert0")})
     run_refused(path, "expert0", "mixtral", "llama")
 
 
-def test_expert_of_another_vocabulary(experiment: Callable[..., Path], dense_family: Path):
+def test_expert_of_another_vocabulary(run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path):
     path = experiment(dense_family)
     file = path.parent / "expert1" / "tokenizer.json"
     data = json.loads(file.read_text())
@@ -176,20 +165,20 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 
 
-def test_tensor_is_missing(experiment: Callable[..., Path], dense_family: Path):
+def test_tensor_is_missing(run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path):
     path = experiment(dense_family)
     edit_weights(path.parent / "expert1", lambda tensors: tensors.pop(NAME))
     run_refused(path, "expert1", NAME)
 
 
-def test_tensor_of_another_shape(experiment: Callable[..., Path], dense_family: Path):
+def test_tensor_of_another_shape(run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path):
     path = experiment(dense_family)
     edit_weights(path.parent / "expert1", lambda tensors: tensors.update({NAME: tensors[NAME][:16].clone()}))
     run_refused(path, "expert1", NAME, "16", "32")
 
 
 @pytest.mark.parametrize("left", [0, 5, 200, 0.5, 0.999], ids=str)
-def test_truncated_file(experiment: Callable[..., Path], dense_family: Path, left: float):
+def test_truncated_file(run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path, left: float):
     path = experiment(dense_family)
     file = path.parent / "expert0" / "model.safetensors"
     content = file.read_bytes()
@@ -198,7 +187,9 @@ def test_truncated_file(experiment: Callable[..., Path], dense_family: Path, lef
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_tensor_is_not_finite(experiment: Callable[..., Path], dense_family: Path, value: float):
+def test_tensor_is_not_finite(
+    run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path, value: float
+):
     path = experiment(dense_family)
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -208,7 +199,7 @@ def test_tensor_is_not_finite(experiment: Callable[..., Path], dense_family: Pat
     run_refused(path, "expert1", NAME)
 
 
-def test_adapter_is_not_finite(experiment: Callable[..., Path]):
+def test_adapter_is_not_finite(run_refused: RunRefused, experiment: Callable[..., Path]):
     path = experiment()
     file = path.parent / "expert1" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -218,7 +209,7 @@ def test_adapter_is_not_finite(experiment: Callable[..., Path]):
     run_refused(path, "expert1", name.removeprefix("base_model.model.").split(".lora_")[0])
 
 
-def test_pickle_checkpoint(experiment: Callable[..., Path], dense_family: Path):
+def test_pickle_checkpoint(run_refused: RunRefused, experiment: Callable[..., Path], dense_family: Path):
     path = experiment(dense_family)
     folder = path.parent / "expert0"
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -226,21 +217,23 @@ def test_pickle_checkpoint(experiment: Callable[..., Path], dense_family: Path):
     run_refused(path, "expert0", "pytorch_model.bin", "safetensors")
 
 
-def test_adapter_of_another_base(experiment: Callable[..., Path], tmp_path: Path):
+def test_adapter_of_another_base(run_refused: RunRefused, experiment: Callable[..., Path], tmp_path: Path):
     from evomerge.testing import tiny
 
     other = tiny.save_model(tmp_path / "other", tiny.llama_config(hidden_size=48), seed=5)
     tiny.save_lora_expert(other, tmp_path / "stranger", seed=1)
     path = experiment()
     change(path, experts={"expert1": str(tmp_path / "stranger")})
-    run_refused(path, "stranger", "q_proj")
+    run_refused(path, "stranger", "down_proj", "48", "32")
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("use_dora", True), ("bias", "all"), ("target_parameters", ["mlp.weight"]), ("trainable_token_indices", [1])],
 )
-def test_adapter_that_is_more_than_low_rank(experiment: Callable[..., Path], key: str, value: object):
+def test_adapter_that_is_more_than_low_rank(
+    run_refused: RunRefused, experiment: Callable[..., Path], key: str, value: object
+):
     path = experiment()
     file = path.parent / "expert1" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
@@ -250,7 +243,7 @@ def test_adapter_that_is_more_than_low_rank(experiment: Callable[..., Path], key
 # --- the other commands --------------------------------------------------------------------------------------------
 
 
-def test_recipe_with_an_unknown_method(lora_family: Path, tmp_path: Path):
+def test_recipe_with_an_unknown_method(refused: Refuse, lora_family: Path, tmp_path: Path):
     recipe = {
         "method": "tie",
         "base": str(lora_family / "base"),
@@ -261,7 +254,7 @@ def test_recipe_with_an_unknown_method(lora_family: Path, tmp_path: Path):
     assert "ties" in refused("merge", "recipe.yaml", "--out", "merged", cwd=tmp_path).err
 
 
-def test_merge_into_a_folder_that_is_not_empty(lora_family: Path, tmp_path: Path):
+def test_merge_into_a_folder_that_is_not_empty(refused: Refuse, lora_family: Path, tmp_path: Path):
     recipe = {
         "method": "task_arithmetic",
         "base": str(lora_family / "base"),
@@ -275,10 +268,10 @@ def test_merge_into_a_folder_that_is_not_empty(lora_family: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", [["leaderboard"], ["resume"], ["stop"], ["show"], ["export"]], ids=lambda c: c[0])
-def test_study_that_does_not_exist(tmp_path: Path, command: list[str]):
+def test_study_that_does_not_exist(refused: Refuse, tmp_path: Path, command: list[str]):
     more = {"show": ["0"], "export": ["--out", "merged"]}.get(command[0], [])
     assert "nothing-here" in refused(*command, "nothing-here", *more, cwd=tmp_path).err
 
 
-def test_method_that_does_not_exist(tmp_path: Path):
+def test_method_that_does_not_exist(refused: Refuse, tmp_path: Path):
     assert "ties" in refused("methods", "tie", cwd=tmp_path).err

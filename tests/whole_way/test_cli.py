@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .support import Run, evomerge, files, json_of, store
+from .support import Run, Server, files, json_of, store
 
 COMMANDS = [
     "run", "resume", "stop", "studies", "leaderboard", "show",
@@ -21,10 +21,10 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def exported(finished: tuple[Path, Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(server: Server, finished: tuple[Path, Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The winner of ``finished``, exported."""
     out = tmp_path_factory.mktemp("exported") / "winner"
-    evomerge("export", finished[0], "--out", out)
+    server.run("export", finished[0], "--out", out)
     return out
 
 
@@ -52,12 +52,12 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str):
-    assert f"evomerge {command}" in evomerge(command, "--help").out
+def test_help_has_an_example(server: Server, command: str):
+    assert f"evomerge {command}" in server.run(command, "--help").out
 
 
-def test_no_arguments_print_the_help():
-    assert "leaderboard" in evomerge(code=None).text
+def test_no_arguments_print_the_help(server: Server):
+    assert "leaderboard" in server.run(code=None).text
 
 
 # --- run -----------------------------------------------------------------------------------------------------------
@@ -77,44 +77,46 @@ def test_run_leaves_only_the_study(finished: tuple[Path, Run], lora_family: Path
     }  # fmt: skip
 
 
-def test_dry_run_writes_nothing(experiment):
+def test_dry_run_writes_nothing(server: Server, experiment):
     path = experiment()
     before = files(path.parent)
-    run = evomerge("run", path, "--dry-run")
+    run = server.run("run", path, "--dry-run")
     assert files(path.parent) == before
     for fact in ("dimensions", "items", "sha256", "memory", "disk"):
         assert fact in run.text.lower()
 
 
-def test_a_finished_study_runs_nothing_again(finished_copy: Path):
+def test_a_finished_study_runs_nothing_again(server: Server, finished_copy: Path):
     path = finished_copy
     before = [(a.key, a.attempt) for a in store(path).attempts()]
-    evomerge("run", path)
+    server.run("run", path)
     assert [(a.key, a.attempt) for a in store(path).attempts()] == before
 
 
-def test_more_budget_opens_a_new_round(finished_copy: Path):
+def test_more_budget_opens_a_new_round(server: Server, finished_copy: Path):
     path = finished_copy
-    evomerge("resume", path, "--budget", "+4")
+    server.run("resume", path, "--budget", "+4")
     assert len(store(path).trials()) == 12
     assert len(store(path).record["rounds"]) == 2
-    assert "test" in evomerge("leaderboard", path).out
+    assert "test" in server.run("leaderboard", path).out
 
 
-def test_no_time_left_still_finishes(experiment):
+def test_the_time_limit_ends_the_search_and_resume_goes_on(server: Server, experiment):
     path = experiment()
-    run = evomerge("run", path, "--time", "0s", code=None)
+    run = server.run("run", path, "--time", "1s", code=None)
     assert run.code in (0, 3), run.text
     assert len(store(path).trials()) < 12
+    server.run("resume", path)
+    assert len(store(path).trials()) == 12
 
 
-def test_a_store_of_another_experiment_is_refused(finished_copy: Path):
+def test_a_store_of_another_experiment_is_refused(server: Server, finished_copy: Path):
     path = finished_copy
     data = json.loads(path.read_text())
     data["seed"] = 1
     path.write_text(json.dumps(data))
     before = files(path.parent)
-    run = evomerge("run", path, code=2)
+    run = server.run("run", path, code=2)
     assert "seed" in run.err
     assert files(path.parent) == before
 
@@ -122,15 +124,15 @@ def test_a_store_of_another_experiment_is_refused(finished_copy: Path):
 # --- leaderboard, show, studies ------------------------------------------------------------------------------------
 
 
-def test_leaderboard_in_the_terminal(finished: tuple[Path, Run]):
-    out = evomerge("leaderboard", finished[0]).out
+def test_leaderboard_in_the_terminal(server: Server, finished: tuple[Path, Run]):
+    out = server.run("leaderboard", finished[0]).out
     for word in ("select", "test", "base", "expert0", "expert1", "average", "task_arithmetic"):
         assert word in out, f"{word!r} is missing in\n{out}"
 
 
-def test_leaderboard_scores_are_the_stored_ones(finished: tuple[Path, Run]):
+def test_leaderboard_scores_are_the_stored_ones(server: Server, finished: tuple[Path, Run]):
     path, _ = finished
-    board = json_of(evomerge("leaderboard", path, "--format", "json"))
+    board = json_of(server.run("leaderboard", path, "--format", "json"))
     stored = {e.subject: e.objective for e in store(path).evaluations(split="select")}
     assert {row["subject"]: row["score"]["value"] for row in board["select"]} == stored
     tested = {e.subject: e.objective for e in store(path).evaluations(split="test")}
@@ -138,52 +140,52 @@ def test_leaderboard_scores_are_the_stored_ones(finished: tuple[Path, Run]):
     assert board["winner"] == winner(path)
 
 
-def test_leaderboard_formats_agree(finished: tuple[Path, Run]):
+def test_leaderboard_formats_agree(server: Server, finished: tuple[Path, Run]):
     path, _ = finished
-    board = json_of(evomerge("leaderboard", path, "--format", "json"))
-    rows = list(csv.DictReader(io.StringIO(evomerge("leaderboard", path, "--format", "csv").out)))
+    board = json_of(server.run("leaderboard", path, "--format", "json"))
+    rows = list(csv.DictReader(io.StringIO(server.run("leaderboard", path, "--format", "csv").out)))
     for section, ranked in (("select", board["select"]), ("test", board["test"])):
         assert [(r["subject"], float(r["score"])) for r in rows if r["section"] == section] == [
             (r["subject"], r["score"]["value"]) for r in ranked
         ]
-    markdown = evomerge("leaderboard", path, "--format", "md").out
+    markdown = server.run("leaderboard", path, "--format", "md").out
     assert markdown.count("\n|") >= len(rows)
 
 
-def test_leaderboard_by_name_and_storage(finished: tuple[Path, Run], tmp_path: Path):
+def test_leaderboard_by_name_and_storage(server: Server, finished: tuple[Path, Run], tmp_path: Path):
     path, _ = finished
     url = f"sqlite:///{path.parent / 'evomerge.db'}"
-    by_file = evomerge("leaderboard", path).out
-    assert evomerge("leaderboard", "tiny", cwd=path.parent).out == by_file
-    assert evomerge("leaderboard", "tiny", "--storage", url, cwd=tmp_path).out == by_file
-    assert evomerge("leaderboard", "tiny", cwd=tmp_path, EVOMERGE_STORAGE=url).out == by_file
+    by_file = server.run("leaderboard", path).out
+    assert server.run("leaderboard", "tiny", cwd=path.parent).out == by_file
+    assert server.run("leaderboard", "tiny", "--storage", url, cwd=tmp_path).out == by_file
+    assert server.run("leaderboard", "tiny", cwd=tmp_path, EVOMERGE_STORAGE=url).out == by_file
 
 
-def test_reading_writes_nothing(finished: tuple[Path, Run]):
+def test_reading_writes_nothing(server: Server, finished: tuple[Path, Run]):
     path, _ = finished
     database = path.parent / "evomerge.db"
     before = database.read_bytes()
-    evomerge("leaderboard", path)
-    evomerge("show", path, "0")
-    evomerge("studies", "--storage", f"sqlite:///{database}")
+    server.run("leaderboard", path)
+    server.run("show", path, "0")
+    server.run("studies", "--storage", f"sqlite:///{database}")
     assert database.read_bytes() == before
 
 
-def test_show(finished: tuple[Path, Run]):
+def test_show(server: Server, finished: tuple[Path, Run]):
     path, _ = finished
-    out = evomerge("show", path, "3").out
+    out = server.run("show", path, "3").out
     trial = store(path).trials()[3]
     assert trial.recipe_hash[:8] in out
     assert "task_arithmetic" in out
     assert "expert0" in out
 
 
-def test_show_of_a_trial_that_does_not_exist(finished: tuple[Path, Run]):
-    assert "99" in evomerge("show", finished[0], "99", code=2).err
+def test_show_of_a_trial_that_does_not_exist(server: Server, finished: tuple[Path, Run]):
+    assert "99" in server.run("show", finished[0], "99", code=2).err
 
 
-def test_studies(finished: tuple[Path, Run]):
-    assert "tiny" in evomerge("studies", cwd=finished[0].parent).out
+def test_studies(server: Server, finished: tuple[Path, Run]):
+    assert "tiny" in server.run("studies", cwd=finished[0].parent).out
 
 
 # --- export, evaluate, merge ---------------------------------------------------------------------------------------
@@ -195,27 +197,27 @@ def test_export_is_a_checkpoint(exported: Path):
     assert any(name.endswith(".safetensors") for name in names)
 
 
-def test_export_scores_what_the_study_says(finished: tuple[Path, Run], exported: Path):
+def test_export_scores_what_the_study_says(server: Server, finished: tuple[Path, Run], exported: Path):
     """Item by item and bit for bit: the leaderboard's candidate and the files are the same numbers."""
     path, _ = finished
     evaluation = store(path).evaluation(f"{winner(path)}/select", with_outcomes=True)
     stored = {o.item_id: dict(o.values) for o in evaluation.outcomes}
-    again = json_of(evomerge("evaluate", exported, path, "--split", "select", "--format", "json"))
+    again = json_of(server.run("evaluate", exported, path, "--split", "select", "--format", "json"))
     assert {o["id"]: o["values"] for o in again["items"]} == stored
     assert again["tasks"] == dict(evaluation.scores)
 
 
-def test_recipe_evaluates_like_its_export(finished: tuple[Path, Run], exported: Path):
+def test_recipe_evaluates_like_its_export(server: Server, finished: tuple[Path, Run], exported: Path):
     path, _ = finished
-    by_recipe = json_of(evomerge("evaluate", exported / "recipe.yaml", path, "--split", "select", "--format", "json"))
+    by_recipe = json_of(server.run("evaluate", exported / "recipe.yaml", path, "--split", "select", "--format", "json"))
     evaluation = store(path).evaluation(f"{winner(path)}/select", with_outcomes=True)
     assert {o["id"]: o["values"] for o in by_recipe["items"]} == {
         o.item_id: dict(o.values) for o in evaluation.outcomes
     }
 
 
-def test_merge_of_the_recipe_gives_the_same_bytes(exported: Path, tmp_path: Path):
-    evomerge("merge", exported / "recipe.yaml", "--out", tmp_path / "again")
+def test_merge_of_the_recipe_gives_the_same_bytes(server: Server, exported: Path, tmp_path: Path):
+    server.run("merge", exported / "recipe.yaml", "--out", tmp_path / "again")
     weights = sorted(p.name for p in exported.glob("*.safetensors"))
     assert weights == sorted(p.name for p in (tmp_path / "again").glob("*.safetensors"))
     for name in weights:
@@ -252,29 +254,29 @@ def test_plain_transformers_loads_the_export(finished: tuple[Path, Run], exporte
     assert json.loads(done.stdout) == [score for _, score in stored]
 
 
-def test_export_of_a_trial(finished: tuple[Path, Run], tmp_path: Path):
+def test_export_of_a_trial(server: Server, finished: tuple[Path, Run], tmp_path: Path):
     path, _ = finished
-    evomerge("export", path, "--trial", "2", "--out", tmp_path / "second")
+    server.run("export", path, "--trial", "2", "--out", tmp_path / "second")
     recipe = yaml.safe_load((tmp_path / "second" / "recipe.yaml").read_text())
     trial = store(path).trials()[2]
     assert recipe["groups"] == trial.recipe["groups"]
 
 
-def test_export_into_a_folder_that_is_not_empty(finished: tuple[Path, Run], tmp_path: Path):
+def test_export_into_a_folder_that_is_not_empty(server: Server, finished: tuple[Path, Run], tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    run = evomerge("export", finished[0], "--out", tmp_path / "mine", code=2)
+    run = server.run("export", finished[0], "--out", tmp_path / "mine", code=2)
     assert "mine" in run.err
     assert files(tmp_path) == {"mine", "mine/thesis.txt"}
 
 
-def test_merge_of_a_short_recipe(lora_family: Path, tmp_path: Path):
+def test_merge_of_a_short_recipe(server: Server, lora_family: Path, tmp_path: Path):
     """What a person writes by hand; with all weights zero the base's very bytes come out."""
     (tmp_path / "recipe.yaml").write_text(
         f"method: task_arithmetic\nbase: {lora_family / 'base'}\n"
         f"experts: {{a: {lora_family / 'expert0'}, b: {lora_family / 'expert1'}}}\nweights: {{a: 0, b: 0}}\n"
     )
-    evomerge("merge", "recipe.yaml", "--out", "merged", cwd=tmp_path)
+    server.run("merge", "recipe.yaml", "--out", "merged", cwd=tmp_path)
     from safetensors.torch import load_file
 
     base = load_file(lora_family / "base" / "model.safetensors")
@@ -290,22 +292,22 @@ def test_merge_of_a_short_recipe(lora_family: Path, tmp_path: Path):
 # --- methods, schema, doctor ---------------------------------------------------------------------------------------
 
 
-def test_methods():
-    out = evomerge("methods").out
+def test_methods(server: Server):
+    out = server.run("methods").out
     for name in ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"):
         assert name in out
 
 
-def test_methods_of_one():
-    out = evomerge("methods", "ties").out
+def test_methods_of_one(server: Server):
+    out = server.run("methods", "ties").out
     assert "density" in out
     assert "(0, 1]" in out
 
 
-def test_schema_accepts_the_experiment(finished: tuple[Path, Run]):
+def test_schema_accepts_the_experiment(server: Server, finished: tuple[Path, Run]):
     import jsonschema
 
-    schema = json_of(evomerge("schema"))
+    schema = json_of(server.run("schema"))
     jsonschema.Draft202012Validator.check_schema(schema)
     data = json.loads(finished[0].read_text())
     jsonschema.validate(data, schema)
@@ -313,13 +315,13 @@ def test_schema_accepts_the_experiment(finished: tuple[Path, Run]):
         jsonschema.validate({**data, "bass": "base"}, schema)
 
 
-def test_doctor():
-    out = evomerge("doctor").out
+def test_doctor(server: Server):
+    out = server.run("doctor").out
     for name in ("python", "torch", "transformers", "optuna", "ray"):
         assert name in out.lower()
 
 
-def test_version():
+def test_version(server: Server):
     from evomerge import __version__
 
-    assert __version__ in evomerge("--version").out
+    assert __version__ in server.run("--version").out
