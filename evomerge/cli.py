@@ -193,7 +193,8 @@ def evaluate(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment whose items to use.")],
     split: Annotated[str, typer.Option("--split", help="search, select or test.")] = "select",
     compare: Annotated[
-        bool, typer.Option("--compare", help="Compare with what the study stored for the same recipe; exit 3 if it differs.")
+        bool,
+        typer.Option("--compare", help="Compare with what the study stored for the same recipe; exit 3 if it differs."),
     ] = False,
     format: Annotated[str, typer.Option("--format", help="text or json (item by item).")] = "text",
     storage: Storage = None,

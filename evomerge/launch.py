@@ -139,7 +139,9 @@ def new_record(plan: Plan, budget: int) -> dict[str, Any]:
     }
 
 
-def open_or_create(plan: Plan, url: str, options: Options, progress: Progress, *, must_exist: bool) -> tuple[Store, int]:
+def open_or_create(
+    plan: Plan, url: str, options: Options, progress: Progress, *, must_exist: bool
+) -> tuple[Store, int]:
     """The study's store and its budget; refuses a study made from something else."""
     name = plan.spec.name
     if name not in [summary["name"] for summary in Store.names(url)]:
@@ -161,7 +163,9 @@ def open_or_create(plan: Plan, url: str, options: Options, progress: Progress, *
         store.set_items(list(plan.items))
     versions = drift(record.get("libraries", {}), plan.libraries)
     if versions:
-        progress.log("note: library versions have changed, so scores may differ in the last bits: " + "; ".join(versions))
+        progress.log(
+            "note: library versions have changed, so scores may differ in the last bits: " + "; ".join(versions)
+        )
     if not must_exist:
         progress.log(f"study {name!r} exists; going on with it")
     return store, new_budget(options.budget, record["budget"])
@@ -193,10 +197,14 @@ def run_study(
         if budget != store.record["budget"]:
             store.update_record(budget=budget)
         stop = StopSignal()
-        runner = Runner(plan, store, make_pool or pool_factory(plan, options), stop, progress, plan.spec.workers.retries)
+        runner = Runner(
+            plan, store, make_pool or pool_factory(plan, options), stop, progress, plan.spec.workers.retries
+        )
         with stop.installed(progress.log):
             try:
-                Study(plan, store, runner, progress, budget=budget, seconds=options.seconds or plan.spec.search.seconds).run()
+                Study(
+                    plan, store, runner, progress, budget=budget, seconds=options.seconds or plan.spec.search.seconds
+                ).run()
             finally:
                 runner.close()
     return store

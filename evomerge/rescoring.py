@@ -150,7 +150,9 @@ def lines(scores: Scores, comparison: Comparison | None) -> Sequence[str]:
     """The result as text: a line a task, the objective, the comparison."""
     counts = {task: sum(i.task == task for i in scores.items) for task in scores.tasks}
     width = max(len(task) for task in [*scores.tasks, "objective"])
-    text = [f"{task:<{width}}  {value:.4f}  ({counts[task]} {scores.split} items)" for task, value in scores.tasks.items()]
+    text = [
+        f"{task:<{width}}  {value:.4f}  ({counts[task]} {scores.split} items)" for task, value in scores.tasks.items()
+    ]
     text.append(f"{'objective':<{width}}  {scores.objective:.4f}")
     if comparison is not None:
         if comparison.identical:

@@ -94,7 +94,13 @@ class Runner:
     """
 
     def __init__(
-        self, plan: Plan, store: Store, make_pool: Callable[[], Pool], stop: StopSignal, progress: Progress, retries: int
+        self,
+        plan: Plan,
+        store: Store,
+        make_pool: Callable[[], Pool],
+        stop: StopSignal,
+        progress: Progress,
+        retries: int,
     ):
         self.plan, self.store, self.stop, self.progress, self.retries = plan, store, stop, progress, retries
         self._make_pool, self._pool = make_pool, None
@@ -155,7 +161,9 @@ class Runner:
             return
         twin = self._by_recipe.get((recipe.hash, split))
         if twin is not None:
-            self._store_evaluation(key, subject, split, recipe, self._with_outcomes(twin).outcomes, {}, f"as {twin.key}")
+            self._store_evaluation(
+                key, subject, split, recipe, self._with_outcomes(twin).outcomes, {}, f"as {twin.key}"
+            )
             self._ready.append(Done(key, self._stored[key].objective, None))
             return
         self._start(key, subject, split, recipe)
@@ -192,7 +200,13 @@ class Runner:
         if result.failure is None:
             assert result.outcomes is not None
             self._store_evaluation(
-                result.key, running.subject, running.split, running.recipe, result.outcomes, result.seconds, result.worker
+                result.key,
+                running.subject,
+                running.split,
+                running.recipe,
+                result.outcomes,
+                result.seconds,
+                result.worker,
             )
             self.store.log_attempt(result.key, result.attempt, "complete", "", "", seconds, result.worker)
             del self._running[result.key]
@@ -248,5 +262,3 @@ class Runner:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-
-

@@ -125,7 +125,9 @@ def describe_plan(plan: Plan, options: Options) -> str:
     lines += [f"  {d.name:<22} {d.low:g} to {d.high:g}, from {d.initial:g}" for d in space.dimensions[:12]]
     if len(space.dimensions) > 12:
         lines.append(f"  and {len(space.dimensions) - 12} more")
-    lines.append(f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}")
+    lines.append(
+        f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}"
+    )
     for split, by_task in sizes.items():
         lines.append(f"{split:<12} {sum(by_task.values())} items: " + ", ".join(f"{t} {n}" for t, n in by_task.items()))
     search, select, test = (sum(sizes[s].values()) for s in ("search", "select", "test"))
@@ -220,5 +222,3 @@ def _value(value: object) -> str:
     if value is None:
         return "derived"
     return yaml.safe_dump(value).partition("\n")[0]
-
-

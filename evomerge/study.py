@@ -205,7 +205,9 @@ class Study:
         winner = choose_winner(self.store.evaluations())
         if winner is None:
             raise NothingCompleted("no candidate could be evaluated on the select items")
-        self._evaluate("winner and controls on test", "test", controls | {winner.subject: Recipe.from_dict(winner.recipe)})
+        self._evaluate(
+            "winner and controls on test", "test", controls | {winner.subject: Recipe.from_dict(winner.recipe)}
+        )
         rounds = list(self.store.record.get("rounds", []))
         if not rounds or rounds[-1]["trials"] != len(self.trials) or rounds[-1]["winner"] != winner.subject:
             rounds.append({"trials": len(self.trials), "winner": winner.subject, "time": time.time()})
@@ -232,7 +234,9 @@ class Study:
 
     def _evaluate(self, title: str, split: str, wanted: dict[str, Recipe]) -> None:
         """Evaluate each recipe on ``split`` unless that is stored; failures are logged and leave a gap."""
-        todo = [(s, r) for s, r in wanted.items() if not self.runner.stored(s, split) and not self.runner.failure(s, split)]
+        todo = [
+            (s, r) for s, r in wanted.items() if not self.runner.stored(s, split) and not self.runner.failure(s, split)
+        ]
         if not todo:
             return
         queue: Iterator[tuple[str, Recipe]] = iter(todo)
@@ -262,7 +266,9 @@ class Study:
         if complete:
             best = max(complete, key=lambda t: (t.score, -t.n))
             note = f"best {best.score:.3f} (trial {best.n})"
-        controls = [e for s in [*opening_controls(self.plan), *self.chosen_controls()] if (e := self.runner.stored(s, "search"))]
+        controls = [
+            e for s in [*opening_controls(self.plan), *self.chosen_controls()] if (e := self.runner.stored(s, "search"))
+        ]
         if controls:
             top = max(controls, key=lambda e: e.objective)
             note += f", best control {top.objective:.3f} ({top.subject.removeprefix('control:')})"

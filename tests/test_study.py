@@ -18,7 +18,7 @@ from evomerge.study import NothingCompleted
 from evomerge.worker import Worker
 
 # Looks at the merged weights only: real merges, and hundreds of evaluations a second.
-EVALUATOR = '''
+EVALUATOR = """
 import torch
 
 def items():
@@ -32,7 +32,7 @@ def score(model, tokenizer, items):
         weight = layer.self_attn.q_proj.weight if task == "one" else layer.mlp.up_proj.weight
         scores.append(-float((weight[int(number)].double() * 1000).sum().abs() + weight.double().pow(2).sum()))
     return scores
-'''
+"""
 
 BUDGET = 14
 
@@ -333,7 +333,9 @@ def test_controls_and_winner_are_on_every_split_and_only_they_read_test(write):
         assert {f"control:{name}" for name in controls} <= found
     winner = store.record["rounds"][-1]["winner"]
     assert subjects["test"] == {f"control:{name}" for name in controls} | {winner}
-    best = max((e for e in store.evaluations("select") if not e.subject.startswith("control:")), key=lambda e: e.objective)
+    best = max(
+        (e for e in store.evaluations("select") if not e.subject.startswith("control:")), key=lambda e: e.objective
+    )
     assert best.subject == winner
     # top: 3 in the experiment, and the mean that the searcher recommends
     assert len(subjects["select"] - {f"control:{name}" for name in controls}) <= 4

@@ -1,0 +1,116 @@
+"""What is known before a model loads: the plan, its fingerprint, and drift."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import EvaluatorError, ResourceError
+from evomerge.planning import Plan, build_plan, check_device, check_local_gpus, drift
+from evomerge.progress import Progress
+from evomerge.spec import load_spec
+
+
+def plan_of(path: Path) -> Plan:
+    return build_plan(load_spec(path), Progress(quiet=True))
+
+
+def change(path: Path, **keys) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def test_a_plan_holds_items_of_the_stated_counts_and_a_worker_built_from_paths(experiment):
+    path = experiment()
+    plan = plan_of(path)
+    assert {s: dict(c) for s, c in plan.split_sizes().items()} == {
+        split: {"one": 8, "two": 8} for split in ("search", "select", "test")
+    }
+    assert set(plan.worker.splits) == {item.id for item in plan.items}
+    assert plan.worker.evaluator == f"{path.parent / 'my_eval.py'}@score"
+    assert json.loads(json.dumps(plan.worker.to_dict()))["base"]["path"] == str(path.parent / "base")
+
+
+def test_the_same_experiment_has_no_drift(experiment):
+    path = experiment()
+    assert drift(plan_of(path).fingerprint, plan_of(path).fingerprint) == []
+
+
+def test_moving_the_whole_folder_is_no_drift(experiment):
+    path = experiment()
+    before = plan_of(path).fingerprint
+    moved = path.parent.rename(path.parent.parent / "moved")
+    assert drift(before, plan_of(moved / path.name).fingerprint) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"objective": "min"}, "objective"),
+        ({"export_dtype": "float16"}, "export_dtype"),
+        ({"search": {"method": "random", "budget": 12}}, "search"),
+        ({"workers": {"threads": 2}}, "threads"),
+    ],
+)
+def test_what_scores_rest_on_is_in_the_fingerprint(experiment, keys, named):
+    path = experiment()
+    before = plan_of(path).fingerprint
+    change(path, **keys)
+    assert any(line.startswith(f"{named}:") for line in drift(before, plan_of(path).fingerprint))
+
+
+def test_budget_time_and_worker_count_may_change(experiment):
+    path = experiment()
+    before = plan_of(path).fingerprint
+    change(
+        path,
+        search={"method": "cma", "budget": 500, "time": "6h", "population": 4},
+        workers={"count": 7, "timeout": 60},
+    )
+    assert drift(before, plan_of(path).fingerprint) == []
+
+
+def test_a_changed_source_evaluator_or_item_is_named(experiment):
+    path = experiment()
+    before = plan_of(path).fingerprint
+    evaluator = path.parent / "my_eval.py"
+    evaluator.write_text(evaluator.read_text().replace('"hotel"', '"india"'))
+    config = path.parent / "expert1" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    named = {line.partition(":")[0] for line in drift(before, plan_of(path).fingerprint)}
+    assert "expert expert1" in named and "expert expert0" not in named
+    assert any("my_eval.py" in name for name in named)
+    assert "items in search" in named
+
+
+def test_drift_says_what_was_what_is_and_what_is_new_or_gone():
+    lines = drift({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"})
+    assert lines == ["b: was 2, is 9", "c: is gone (was 3)", "d: is new (4)"]
+
+
+def test_gpus_that_are_not_there_are_refused_with_the_numbers():
+    import torch
+
+    have = torch.cuda.device_count()
+    with pytest.raises(ResourceError, match=f"this machine has {have} GPUs"):
+        check_local_gpus(have + 1, 1.0)
+    check_local_gpus(4, 0.0)
+
+
+def test_a_cuda_device_without_gpus_for_workers_is_refused():
+    with pytest.raises(ResourceError, match=r"workers\.gpus is 0"):
+        check_device("cuda", 0.0)
+    assert check_device("auto", 0.0) == "cpu"
+    assert check_device("auto", 0.5) == "cuda"
+
+
+def test_a_split_that_a_task_has_no_items_in_is_refused(experiment):
+    path = experiment()
+    change(
+        path,
+        evaluate={"with": "my_eval.py@score", "tasks": {"one": {}}, "split": {"search": 1000, "select": 8, "test": 8}},
+    )
+    with pytest.raises(EvaluatorError, match="one"):
+        plan_of(path)
