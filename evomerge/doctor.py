@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,8 +39,6 @@ def _try(name: str, check: Callable[[], str]) -> Check:
 
 
 def _python() -> str:
-    if sys.version_info < (3, 11):
-        raise RuntimeError(f"evomerge needs Python 3.11 or newer, this is {platform.python_version()}")
     return platform.python_version()
 
 

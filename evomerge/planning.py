@@ -9,7 +9,6 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint, Sources, check_tokenizers, content_hash, open_checkpoint, open_expert

@@ -108,6 +108,7 @@ def describe_plan(plan: Plan, options: Options) -> str:
     spec, space = plan.spec, plan.space
     budget = int(options.budget) if options.budget and options.budget.isdigit() else spec.search.budget
     controls = len(opening_controls(plan)) + 2
+    free = shutil.disk_usage(spec.folder).free
     sweep, top = len(sweep_values(plan)), spec.evaluate.finish.top
     sizes = plan.split_sizes()
     base = plan.sources.base
@@ -134,11 +135,11 @@ def describe_plan(plan: Plan, options: Options) -> str:
     evaluations = budget + controls + sweep
     total = evaluations * search + (controls + top + 1) * select + (controls + 1) * test
     lines += [
-        f"evaluations  {budget} trials + {controls + sweep} controls on search, then up to {controls + top + 1} on select "
-        f"and {controls + 1} on test: {total} items in all",
+        f"evaluations  {budget} trials + {controls + sweep} controls on search, "
+        f"then up to {controls + top + 1} on select and {controls + 1} on test: {total} items in all",
         f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
         f"memory       about {size(resident)} a worker for the model ({spec.compute_dtype}); sources are memory-mapped",
-        f"disk         {size(shutil.disk_usage(spec.folder).free)} free; an export takes about {size(base.total_bytes)}",
+        f"disk         {size(free)} free; an export takes about {size(base.total_bytes)}",
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",
         "nothing was written",
     ]
