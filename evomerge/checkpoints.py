@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -323,33 +324,37 @@ class Sources:
             elif factors and view.full is base:
                 loaded.append(view.low_rank)
             else:
-                whole = torch.empty(view.full.shape, dtype=dtype)
+                whole, scratch = torch.empty(view.full.shape, dtype=dtype), _Scratch(dtype)
                 for start, stop in grid(whole.numel()):  # as in chunks: the same bits
-                    whole.view(-1)[start:stop] = view.slice(start, stop, dtype)
+                    whole.view(-1)[start:stop] = view.slice(start, stop, dtype, scratch)
                 loaded.append(whole)
         return self.info(name), base, loaded
 
     def chunks(
         self, name: str, *, device: str = "cpu", skip: Sequence[bool] = ()
     ) -> Iterator[tuple[TensorInfo, Tensor | None, list[Tensor]]]:
-        """(info with start, base, experts) of flat slices, in order, on ``device``: the base and LoRA experts in the
-        arithmetic dtype. The slices depend on the tensor's shape alone. An expert in ``skip`` is left at the base."""
-        base = None if self.base is None else self.base.tensor(name)
-        views = [self._view(expert, name, base) for expert in self.experts]
-        for t, skipped in enumerate(skip):
-            if skipped and base is not None:
-                views[t] = View(base)
-        dtype = arithmetic_dtype(base, *(view.full for view in views))
-        info = self.info(name)
-        flat = None if base is None else base.reshape(-1)
+        """(info with its start, base, experts): flat slices of one tensor, in order, in the arithmetic dtype.
+
+        The slices depend on the tensor's shape alone. On the CPU their memory is used again for the next ones.
+
+        Args:
+            device: where the slices are wanted.
+            skip: the experts to leave at the base, if there is one.
+        """
+        base = None if self.base is None else View(self.base.tensor(name))
+        views = [self._view(expert, name, base and base.full) for expert in self.experts]
+        dtype = arithmetic_dtype(base and base.full, *(view.full for view in views))
+        leave = [skipped and base is not None for skipped in skip] or [False] * len(views)
+        info, scratch = self.info(name), [_Scratch(dtype) for _ in range(len(views) + 1)]
         for start, stop in grid(self.reference.numel(name)):
-            piece = None if flat is None else flat[start:stop].to(device, dtype)
+            piece = None if base is None else base.slice(start, stop, dtype, scratch[-1]).to(device)
             experts = [
-                piece if piece is not None and view.full is base and view.low_rank is None
-                else view.slice(start, stop, dtype).to(device)
-                for view in views
-            ]  # fmt: skip
-            yield TensorInfo(info.name, info.kind, info.layer, info.num_layers, info.shape, start), piece, experts
+                piece
+                if piece is not None and (leave[t] or view.is_plain(base and base.full))
+                else view.slice(start, stop, dtype, scratch[t]).to(device)
+                for t, view in enumerate(views)
+            ]
+            yield replace(info, start=start), piece, experts
 
     @staticmethod
     def _view(expert: Checkpoint | Adapter, name: str, base: Tensor | None) -> View:
@@ -375,6 +380,18 @@ def grid(numel: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + CHUNK, numel)
 
 
+class _Scratch:
+    """Memory that slice after slice is written to: it stays in the core's cache, and no page is touched anew."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def take(self, numel: int) -> Tensor:
+        if self._memory.numel() < numel:
+            self._memory = torch.empty(numel, dtype=self._memory.dtype)
+        return self._memory[:numel]
+
+
 class View:
     """One expert's tensor: ``full``, plus scaling B A if it is low-rank."""
 
@@ -383,15 +400,25 @@ class View:
         self._flat = full.reshape(-1)
         self._factors: tuple[Tensor, Tensor] | None = None
 
-    def slice(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Entries [start, stop) of the flat tensor. B A is multiplied for the rows they lie in, and never rounded."""
+    def is_plain(self, base: Tensor | None) -> bool:
+        """True if this is nothing but ``base``."""
+        return self.full is base and self.low_rank is None
+
+    def slice(self, start: int, stop: int, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
+        """Entries [start, stop) of the flat tensor in ``dtype``; only to be read, and only until the next slice.
+
+        B A is multiplied for the rows that they lie in, in ``dtype``, and never rounded further.
+        """
         if self.low_rank is None:
-            return self._flat[start:stop]
+            part = self._flat[start:stop]
+            return part if part.dtype == dtype else scratch.take(stop - start).copy_(part)
         if self._factors is None:
             # Copies, because a product's last bits may depend on the alignment of what it reads.
             self._factors = self.low_rank.B.to(dtype, copy=True), self.low_rank.A.to(dtype, copy=True)
         B, A = self._factors
         columns = A.shape[1]
         first, last = start // columns, -(-stop // columns)
-        rows = self.full[first:last].to(dtype, copy=True).addmm_(B[first:last], A, alpha=self.low_rank.scaling)
-        return rows.view(-1)[start - first * columns : stop - first * columns]
+        flat = scratch.take((last - first) * columns)
+        rows = flat.view(last - first, columns).copy_(self.full[first:last])
+        rows.addmm_(B[first:last], A, alpha=self.low_rank.scaling)
+        return flat[start - first * columns : stop - first * columns]

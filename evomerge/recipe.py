@@ -131,7 +131,11 @@ class Recipe:
 
         path = Path(path)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            try:
+                data = json.loads(text)  # first, because YAML 1.1 takes JSON's 1e-05 for text
+            except ValueError:
+                data = yaml.safe_load(text)
         except OSError as error:
             raise SpecError(f"cannot be read: {error.strerror}", where=str(path), remedy="Check the path.") from None
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
