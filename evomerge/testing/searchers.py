@@ -160,6 +160,7 @@ class SearcherContract:
     options: ClassVar[Mapping[str, Any]] = {}
     improves_within: ClassVar[int | None] = 60  # trials in 6 dimensions; None: the searcher does not learn
     budget: ClassVar[int] = 30
+    kill_budget: ClassVar[int] = 18  # trials of the study that is killed after each of its steps
 
     # -- helpers
 
@@ -241,11 +242,12 @@ class SearcherContract:
     def test_killed_anywhere_it_goes_on_as_if_not(self, schedule: Literal["reproducible", "asynchronous"]):
         """Truth: killed after any step and rebuilt from what is stored, the proposals are the same."""
         settings: dict[str, Any] = {"workers": 3, "schedule": schedule}
-        whole = self.study(**settings).run(self.budget).points
-        for steps in range(2 * self.budget):
-            study = self.study(**settings).run(self.budget, steps=steps).kill().run(self.budget, steps=5)
+        budget = self.kill_budget
+        whole = self.study(**settings).run(budget).points
+        for steps in range(2 * budget):
+            study = self.study(**settings).run(budget, steps=steps).kill().run(budget, steps=5)
             assert study.points == whole[: len(study.points)], f"killed after {steps} steps"
-            assert 2 * len(study.points) >= min(steps + 5, 2 * self.budget)
+            assert 2 * len(study.points) >= min(steps + 5, 2 * budget)
 
     @pytest.mark.parametrize("schedule", ["reproducible", "asynchronous"])
     def test_killed_again_and_again(self, schedule: Literal["reproducible", "asynchronous"]):

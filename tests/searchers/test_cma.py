@@ -11,7 +11,7 @@ import pytest
 from evomerge.errors import SpecError
 from evomerge.searchers import make
 from evomerge.searchers.base import Point, Told, keyed_generator
-from evomerge.searchers.cma import CMASearcher, default_sigma
+from evomerge.searchers.cma import MARGIN, CMASearcher, default_sigma, squash, unsquash
 from evomerge.testing.searchers import MemoryStudy, SearcherContract, make_space, smooth
 
 
@@ -22,6 +22,7 @@ class TestCMA(SearcherContract):
 class TestCMASmallPopulation(SearcherContract):
     searcher = CMASearcher
     options = {"population": 4, "sigma": 0.2}  # noqa: RUF012
+    kill_budget = 10
 
 
 class TestCMAThatRestarts(SearcherContract):
@@ -89,6 +90,18 @@ def test_sigma_is_a_share_of_the_range():
     for run, width in ((narrow, 2.0), (wide, 200.0)):
         spread = np.std([list(p.values()) for p in run.points[1:]])
         assert spread == pytest.approx(0.1 * width, rel=0.05)
+
+
+def test_the_map_onto_the_bounds_is_monotone_and_folds_nothing():
+    x = np.linspace(-MARGIN, 1 + MARGIN, 2001)
+    u = squash(x)
+    assert u[0] == 0.0
+    assert u[-1] == 1.0
+    assert (np.diff(u) > 0).all()
+    assert np.abs(np.diff(u, 2)).max() < 1e-5  # no kinks
+    inner = (x >= MARGIN) & (x <= 1 - MARGIN)
+    assert (u[inner] == x[inner]).all()
+    assert np.allclose(unsquash(u), x, atol=1e-8)
 
 
 @pytest.mark.parametrize("groups", [None, 2, 6], ids=lambda g: f"{g} groups")

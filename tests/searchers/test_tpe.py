@@ -21,6 +21,7 @@ class TestTPEWithAWiderWindow(SearcherContract):
     searcher = TPESearcher
     options = {"window": 8, "n_startup": 4}  # noqa: RUF012
     budget = 20
+    kill_budget = 12
 
 
 @pytest.mark.parametrize("window", [1, 4, 7])
