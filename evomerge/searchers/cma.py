@@ -15,8 +15,8 @@ margin, so that samples far apart become one candidate). On spheres and ellipsoi
 optimum inside, on some bounds or in a corner, started inside or on a bound (weights at 0 are a natural start), it was
 the best way or near it throughout, as no other was. What is left of the start value of a sphere in 18 dimensions after
 400 evaluations (means of five seeds), started on the bound, and with a third of the optimum's coordinates on bounds:
-0.011 and 0.013; with BoundTransform 0.020 and 0.012; with BoundPenalty 0.082 and 0.015; with samples moved into the unit
-cube itself 0.007 and 0.046, as steps towards a bound die out early. On a linear function the penalty is better.
+0.011 and 0.013; with BoundTransform 0.020 and 0.012; with BoundPenalty 0.082 and 0.015; with samples moved into the
+unit cube itself 0.007 and 0.046, as steps towards a bound die out early. On a linear function the penalty is better.
 
 Ranks: pycma is told the rank of each trial in its generation, never a score. CMA-ES uses nothing else; so there is
 one place where a failure becomes "worse than all", ties are broken by trial number, and no stop on equal scores can

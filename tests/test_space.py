@@ -1,0 +1,231 @@
+"""Search spaces: what a point decodes to, and which spaces are refused."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.errors import SpecError
+from evomerge.methods import METHODS
+from evomerge.methods.base import TensorInfo
+from evomerge.recipe import Group, Recipe, Source
+from evomerge.space import Space, split_layers
+
+SHIPPED = Path(__file__).parent.parent / "search_spaces"
+
+
+def template(*names: str) -> Recipe:
+    return Recipe(
+        base=Source("base", "b", "00"),
+        experts=tuple(Source(n, n, n) for n in names),
+        method="linear",
+        groups=(Group((0.0,) * len(names)),),
+        seed=5,
+        export_dtype="float16",
+    )
+
+
+def space(
+    method: str = "task_arithmetic", *, experts=("add", "spam"), layers: int = 7, params=None, **weights
+) -> Space:
+    data = {"method": method, "weights": {"granularity": "task", "range": [0, 2], **weights}}
+    if params is not None:
+        data["params"] = params
+    return Space.from_dict(data, template=template(*experts), num_layers=layers, where="file.yaml: space")
+
+
+# --- what a point means
+
+
+def test_global_gives_all_experts_one_weight():
+    recipe = space(granularity="global", initial=0.5).decode({"weight": 0.7})
+    assert recipe.groups == (Group((0.7, 0.7)),)
+    assert recipe.method == "task_arithmetic"
+    assert (recipe.seed, recipe.export_dtype) == (5, "float16")  # the template's
+    assert [s.name for s in recipe.experts] == ["add", "spam"]
+
+
+def test_task_gives_each_expert_its_weight():
+    found = space()
+    assert [d.name for d in found.dimensions] == ["add", "spam"]
+    assert found.decode({"spam": 0.25, "add": 1.5}).groups == (Group((1.5, 0.25)),)
+
+
+def test_layer_groups_give_each_expert_a_weight_a_group():
+    found = space(granularity="layer_groups", groups=3, layers=7)
+    names = ["add[0-1]", "add[2-3]", "add[4-6]", "spam[0-1]", "spam[2-3]", "spam[4-6]"]
+    assert [d.name for d in found.dimensions] == names
+    recipe = found.decode({name: i / 10 for i, name in enumerate(names)})
+    assert recipe.groups == (
+        Group((0.0, 0.3), layers=(0, 2)),
+        Group((0.1, 0.4), layers=(2, 4)),
+        Group((0.2, 0.5), layers=(4, 7)),
+    )
+    layer_weights = [recipe.group_for(TensorInfo("x", "mlp", layer, 7)).weights[0] for layer in range(7)]
+    assert layer_weights == [0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.2]
+
+
+@given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+def test_groups_are_contiguous_cover_all_and_differ_by_at_most_one(sizes: tuple[int, int]):
+    num_layers, groups = sizes
+    spans = split_layers(num_layers, groups)
+    assert [layer for a, b in spans for layer in range(a, b)] == list(range(num_layers))
+    lengths = {b - a for a, b in spans}
+    assert len(spans) == groups
+    assert max(lengths) - min(lengths) <= 1
+
+
+granularities = st.sampled_from([{"granularity": "global"}, {"granularity": "task"}]) | st.integers(1, 7).map(
+    lambda g: {"granularity": "layer_groups", "groups": g}
+)
+
+
+@given(st.data(), granularities, st.floats(-3, 3), st.floats(0.01, 5))
+def test_encode_undoes_decode(data, weights: dict, low: float, width: float):
+    found = space(**weights, range=[low, low + width], initial=low)
+    point = {d.name: data.draw(st.floats(d.low, d.high)) for d in found.dimensions}
+    assert found.encode(found.decode(point)) == point
+    assert found.encode(Recipe.from_dict(found.decode(point).to_dict())) == point  # as a store keeps it
+
+
+def test_decode_refuses_rather_than_clips():
+    found = space(range=[0.0, 1.0])
+    inside = {"add": 0.5, "spam": 1.0}
+    found.decode(inside)
+    for bad, name in (
+        ({**inside, "add": 1.0 + 1e-12}, "add"),
+        ({**inside, "add": -1e-300}, "add"),
+        ({**inside, "add": float("nan")}, "add"),
+        ({**inside, "sapm": 0.5}, "spam"),
+        ({"add": 0.5}, "spam"),
+    ):
+        with pytest.raises(SpecError, match=name):
+            found.decode(bad)
+    assert found.clip({"add": 1.5, "spam": -1.0}) == {"add": 1.0, "spam": 0.0}
+
+
+def test_encode_refuses_recipes_from_elsewhere():
+    found = space(granularity="global")
+    other = space().decode({"add": 0.5, "spam": 0.7})
+    with pytest.raises(SpecError, match="not equal"):
+        found.encode(other)
+    with pytest.raises(SpecError, match="experts"):
+        found.encode(space(experts=("add", "ham")).decode({"add": 0.5, "ham": 0.5}))
+    with pytest.raises(SpecError, match="method"):
+        found.encode(space("ties").decode({"add": 0.5, "spam": 0.5}))
+    with pytest.raises(SpecError, match="params"):
+        space("ties").encode(space("ties", params={"density": 0.5}).decode({"add": 0.5, "spam": 0.5}))
+    with pytest.raises(SpecError, match="layers"):
+        space().encode(
+            space(granularity="layer_groups", groups=2).decode(space(granularity="layer_groups", groups=2).initial())
+        )
+    with pytest.raises(SpecError, match=r"\[0, 2\]"):
+        space().encode(space(range=[0, 3]).decode({"add": 2.5, "spam": 0.5}))
+
+
+# --- where a search starts
+
+
+def test_initial_is_one_number_or_one_an_expert_or_the_methods_own():
+    assert space(initial=0.8).initial() == {"add": 0.8, "spam": 0.8}
+    assert space(initial={"spam": 0.1, "add": 0.2}).initial() == {"add": 0.2, "spam": 0.1}
+    assert space().initial() == dict.fromkeys(("add", "spam"), METHODS["task_arithmetic"].weight.default)
+    grouped = space(granularity="layer_groups", groups=2, initial={"add": 0.2, "spam": 0.1}).initial()
+    assert grouped == {"add[0-2]": 0.2, "add[3-6]": 0.2, "spam[0-2]": 0.1, "spam[3-6]": 0.1}
+
+
+def test_recipes_hold_every_parameter_of_the_method():
+    found = space("ties", params={"density": 0.5})
+    recipe = found.decode(found.initial())
+    assert set(recipe.params) == set(METHODS["ties"].params)
+    assert recipe.params["density"] == 0.5
+    assert found.fixed_params == recipe.params
+
+
+def test_to_dict_is_canonical():
+    """Equal spaces, written differently, are equal data; different ones are not."""
+    default = METHODS["ties"].params["density"].default
+    written = [space("ties", initial=1), space("ties", initial={"spam": 1.0, "add": 1.0}, range=[0.0, 2.0])]
+    written.append(space("ties", params={"density": default}, initial=1))
+    assert written[0].to_dict() == written[1].to_dict() == written[2].to_dict()
+    others = [
+        space("ties", initial=0.9),
+        space("ties", initial=1, range=[0, 1]),
+        space("ties", initial=1, params={"density": 0.7}),
+    ]
+    for a, b in itertools.combinations([written[0], *others], 2):
+        assert a.to_dict() != b.to_dict()
+
+
+# --- refused
+
+REFUSED = {
+    "an unknown method": ({"method": "tias"}, "space.method", ["tias", "'ties'"]),
+    "an unknown granularity": ({"granularity": "layer"}, "space.weights.granularity", ["'layer'", "layer_groups"]),
+    "an unknown parameter": ({"method": "ties", "params": {"densty": 0.5}}, "space.params.densty", ["'density'"]),
+    "density 0": ({"method": "ties", "params": {"density": 0}}, "space.params.density", ["0", "(0, 1]"]),
+    "density as text": ({"method": "ties", "params": {"density": "0.5"}}, "space.params.density", ["number", "'0.5'"]),
+    "an unknown key": ({"ragne": [0, 1]}, "space.weights.ragne", ["'range'"]),
+    "a range upside down": ({"range": [1.5, 0.5]}, "space.weights.range", ["1.5", "0.5", "Swap"]),
+    "a range of nothing": ({"range": [1, 1]}, "space.weights.range", ["low < high", "1"]),
+    "a range without an end": ({"range": [0, float("inf")]}, "space.weights.range", ["inf", "two numbers"]),
+    "a range of one": ({"range": [1]}, "space.weights.range", ["two numbers"]),
+    "no range": ({"range": None}, "space.weights.range", ["two numbers"]),
+    "an initial outside": ({"initial": 2.5}, "space.weights.initial", ["2.5", "[0, 2]"]),
+    "a default initial outside": ({"range": [0.5, 1]}, "space.weights.initial", ["0.3", "default"]),
+    "an initial of nobody": ({"initial": {"add": 1, "sam": 1}}, "space.weights.initial", ["'sam'", "'spam'"]),
+    "an initial left out": ({"initial": {"add": 1}}, "space.weights.initial", ["spam"]),
+    "an initial for each of one": ({"granularity": "global", "initial": {"add": 1, "spam": 1}}, "initial", ["global"]),
+    "groups without layers": ({"groups": 3}, "space.weights", ["groups", "task"]),
+    "layers without groups": ({"granularity": "layer_groups"}, "space.weights", ["groups"]),
+    "no groups at all": ({"granularity": "layer_groups", "groups": 0}, "space.weights.groups", ["0", "1"]),
+    "more groups than layers": ({"granularity": "layer_groups", "groups": 8}, "space.weights.groups", ["8", "7"]),
+    "weights that are illegal": ({"method": "slerp", "range": [-1, 1]}, "space.weights.range", ["-1", "slerp"]),
+    "three for slerp": ({"method": "slerp", "experts": ("a", "b", "c")}, "space.method", ["exactly 2", "3"]),
+    "one for slerp": ({"method": "slerp", "experts": ("a",)}, "space.method", ["exactly 2", "1"]),
+    "nothing that moves: one weight of a mean": (
+        {"method": "linear", "granularity": "global"},
+        "space",
+        ["same merge"],
+    ),
+    "nothing that moves: slerp at a fixed t": ({"method": "slerp", "params": {"t": 0.5}}, "space", ["same merge"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str):
+    changes, key, words = REFUSED[case]
+    with pytest.raises(SpecError) as caught:
+        space(**changes)
+    assert (caught.value.where or "").startswith("file.yaml: space")
+    assert (caught.value.where or "").endswith(key)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_not_even_a_mapping():
+    for data in (None, 3, [], "task"):
+        with pytest.raises(SpecError, match="mapping"):
+            Space.from_dict(data, template=template("a"), num_layers=2, where="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions"), [("global.yaml", 1), ("task.yaml", 3), ("layer_groups.yaml", 18)], ids=str
+)
+def test_shipped(name: str, dimensions: int):
+    """The shipped files say how many dimensions they have for 3 experts, and that is so."""
+    text = (SHIPPED / name).read_text()
+    found = Space.from_dict(yaml.safe_load(text), template=template("a", "b", "c"), num_layers=30, where=name)
+    assert len(found.dimensions) == dimensions
+    assert "# Dimensions:" in text
+    assert "# When to use:" in text
+    found.decode(found.initial())
+
+
+def test_every_shipped_space_is_tested():
+    assert sorted(path.name for path in SHIPPED.iterdir()) == ["global.yaml", "layer_groups.yaml", "task.yaml"]
