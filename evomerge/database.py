@@ -315,11 +315,11 @@ class Database:
                 if cause is None:
                     raise
                 waited = time.monotonic() - begun
-                if not _may_pass(cause) or waited + pause > patience:
+                if not _may_pass(cause) or waited >= patience:
                     raise self._plain(cause, waited) from error
                 if pause >= 0.4:
                     log.warning("the store does not answer, trying again: %s", _first_line(cause))
-                time.sleep(pause * (0.75 + 0.5 * random.SystemRandom().random()))
+                time.sleep(min(pause * (0.75 + 0.5 * random.SystemRandom().random()), patience - waited))
                 pause = min(2 * pause, 5.0)
 
     def _plain(self, error: SQLAlchemyError, waited: float) -> StudyError:

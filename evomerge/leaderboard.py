@@ -195,7 +195,7 @@ class _Board:
             merge=merge_in_short(e.recipe),
         )
 
-    # --- statistics --------------------------------------------------------------------------------------------------
+    # Statistics
 
     def _by_task(self, e: Evaluation) -> dict[str, list[Outcome]]:
         by_task: dict[str, list[Outcome]] = {t: [] for t in self.shares}
@@ -272,7 +272,7 @@ class _Board:
                 samples[task] = np.array([self.aggregate(task, [outcomes[i] for i in row]) for row in picked[task]])
         return samples
 
-    # --- what did not make it into the ranking -----------------------------------------------------------------------
+    # What did not make it into the ranking
 
     @cached_property
     def _failures(self) -> Counter[str]:

@@ -7,6 +7,7 @@ when a driver takes the lock. Readers never write, need no lock, and do not impo
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -102,7 +103,7 @@ class Store:
         self._mirror: Mirror | None = None
         self._items: dict[int, dict[str | None, list[str]]] = {}  # version -> split -> item ids
 
-    # --- making, opening, listing ------------------------------------------------------------------------------------
+    # Making, opening, listing
 
     @classmethod
     def create(
@@ -232,7 +233,7 @@ class Store:
             self._mirror = None
         self.database.close()
 
-    # --- the record, the lock, stopping ------------------------------------------------------------------------------
+    # The record, the lock, stopping
 
     @property
     def record(self) -> dict[str, Any]:
@@ -290,7 +291,7 @@ class Store:
         change = sa.update(db.studies).where(db.studies.c.id == self.study_id).values(stop_requested=when)
         self.database.write(lambda connection: connection.execute(change))
 
-    # --- items -------------------------------------------------------------------------------------------------------
+    # Items
 
     def set_items(self, items: Sequence[Item]) -> None:
         """The study's items in their order (id, task, split and a short text are kept).
@@ -340,7 +341,7 @@ class Store:
             self._items[version] = splits
         return self._items.get(version, {})
 
-    # --- trials ------------------------------------------------------------------------------------------------------
+    # Trials
 
     def add_trial(self, n: int, point: Mapping[str, float], recipe: Mapping[str, Any], recipe_hash: str) -> None:
         """Proposal ``n`` is RUNNING from now on. Numbers have no gaps: n is the number of trials so far."""
@@ -427,7 +428,7 @@ class Store:
             self._mirror = Mirror(self.database, self.name, self.record.get("dimensions", {})).start()
         return self._mirror
 
-    # --- what happened, in order -------------------------------------------------------------------------------------
+    # What happened, in order
 
     def log_event(self, kind: Literal["ask", "tell"], n: int) -> None:
         """Proposal ``n`` was asked for, or told. Each is logged once; an ask whose trial was never stored moves up."""
@@ -478,7 +479,7 @@ class Store:
             query = query.where(c.key == key)
         return [Attempt(*row) for row in self.database.read(lambda connection: connection.execute(query).all())]
 
-    # --- evaluations -------------------------------------------------------------------------------------------------
+    # Evaluations
 
     def save_evaluation(self, evaluation: Evaluation) -> bool:
         """Keep an evaluation with its outcomes; for a trial, before the trial is finished.
@@ -501,13 +502,15 @@ class Store:
             "item_weights": None if all(w == 1.0 for w in weights) else _dumps(weights),
         }  # fmt: skip
 
+        tries = itertools.count()
+
         def body(connection: sa.Connection) -> bool:
-            c = db.evaluations.c
+            c, first = db.evaluations.c, next(tries) == 0
             there = connection.execute(
-                sa.select(c.time, c.worker).where(c.study_id == self.study_id, c.key == evaluation.key)
+                sa.select(c.time, c.outcomes).where(c.study_id == self.study_id, c.key == evaluation.key)
             ).one_or_none()
-            if there is not None:
-                return tuple(there) == (row["time"], row["worker"])  # our own commit, whose answer was lost
+            if there is not None:  # another's, or our own commit, whose answer was lost
+                return not first and tuple(there) == (row["time"], row["outcomes"])
             version = self._items_version(connection)
             if self._split_ids(connection, version).get(evaluation.split) == ids:
                 row.update(items_version=version, item_ids=None)
