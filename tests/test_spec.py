@@ -188,7 +188,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "density 0": ({"space.params.density": 0}, "space.params.density", ["0", "(0, 1]", "ties"]),
     "no expert": ({"experts": {}}, "experts", ["empty"]),
     "one expert for two": (
-        {"experts": {"a": "adapters/add"}, "space.method": "slerp", "space.params": {}}, "space.method", ["exactly 2", "1"]
+        {"experts": {"a": "adapters/add"}, "space.method": "slerp", "space.params": {}},
+        "space.method",
+        ["exactly 2", "1"],
     ),
     "a list of experts": ({"experts": ["adapters/add"]}, "experts", ["mapping"]),
     "a negative budget": ({"search.budget": -3}, "search.budget", ["-3", ">= 1"]),
