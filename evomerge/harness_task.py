@@ -177,11 +177,20 @@ class HarnessTask:
         docs = [doc for docs in self.docs.values() for doc in docs]
         return len({tuple(map(str, self.lm.doc_to_choice(doc))) for doc in docs}) > 1
 
+    @functools.cached_property
+    def _template(self) -> Any:
+        """doc_to_text where it is a template, compiled once: lm-eval compiles it anew for every document (0.5 ms)."""
+        from lm_eval.utils import env
+
+        text = self.lm.config.doc_to_text
+        plain = isinstance(text, str) and text not in self.lm.features and self.lm.prompt is None
+        return env.from_string(text) if plain else None
+
     def _text(self, doc: Mapping[str, Any]) -> str:
         """The document's own part of the prompt, and its choices (in no order) where they tell documents apart."""
         if self.lm.multiple_input:
             return "\n".join(map(str, self.lm.doc_to_choice(doc)))
-        parts = [str(self.lm.doc_to_text(doc))]
+        parts = [self._template.render(**doc) if self._template else str(self.lm.doc_to_text(doc))]
         if self.kind == "multiple_choice" and self._choices_differ:
             parts += sorted(map(str, self.lm.doc_to_choice(doc)))
         elif self.kind in ("loglikelihood", "loglikelihood_rolling"):

@@ -54,9 +54,10 @@ def assign_splits(items: Sequence[Item], split_spec: Mapping[str, Any], *, seed:
             asked = " + ".join(f"{counts[split]} {split}" for split in SPLITS)
             problems.append(f"{found}, but {asked} = {sum(counts.values())} are asked for")
             continue
-        for split in SPLITS:
-            taken, pools[split][:] = pools[split][: counts[split]], pools[split][counts[split] :]
-            result += [replace(item, split=split) for item in taken]
+        taken = {}
+        for split in reversed(SPLITS):
+            taken[split], pools[split][:] = pools[split][: counts[split]], pools[split][counts[split] :]
+        result += [replace(item, split=split) for split in SPLITS for item in taken[split]]
     if problems:
         raise EvaluatorError(
             "the splits do not fit the data:\n  " + "\n  ".join(problems),
