@@ -68,7 +68,7 @@ def run(
     address: Address = None,
     storage: Storage = None,
 ) -> None:
-    """Search for the best merge: controls, candidates, finish, leaderboard. Goes on with a study that exists."""
+    """Search for the best merge. Controls, candidates, finish, leaderboard; goes on with a study that exists."""
     from evomerge.launch import Options
     from evomerge.spec import load_spec
 
@@ -100,7 +100,7 @@ def resume(
 
 @app.command(epilog=_example("evomerge stop experiment.yaml"))
 def stop(study: StudyArgument, storage: Storage = None) -> None:
-    """Ask the run of a study, wherever it is, to finish what is running and stop, as Ctrl-C does."""
+    """Ask a running study to stop. It finishes what is running, wherever it runs, as after Ctrl-C."""
     from evomerge.launch import open_study
 
     store = open_study(study, storage)
@@ -140,7 +140,7 @@ def leaderboard(
     format: Annotated[str, typer.Option("--format", help="table, json, csv or md.")] = "table",
     storage: Storage = None,
 ) -> None:
-    """Ranked candidates and controls, with intervals; the winner on the test items."""
+    """Rank candidates and controls. With 95% intervals, and the winner on the test items."""
     from evomerge.launch import open_study
 
     _print_leaderboard(open_study(study, storage), format)
@@ -152,7 +152,7 @@ def show(
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, best, or a control's name.")],
     storage: Storage = None,
 ) -> None:
-    """One trial: recipe, scores, timing, attempts, failure."""
+    """Show one trial in full. Recipe, scores, timing, attempts, failure."""
     from evomerge.launch import open_study
     from evomerge.showing import show_trial
 
@@ -166,7 +166,7 @@ def export(
     trial: Annotated[str, typer.Option("--trial", help="A trial's number, best, or a control's name.")] = "best",
     storage: Storage = None,
 ) -> None:
-    """Write a trial's merge as a Hugging Face checkpoint with its recipe and a model card."""
+    """Write a merge as a checkpoint. A Hugging Face folder, with its recipe and a model card."""
     from evomerge.launch import open_study
     from evomerge.showing import card_of, resolve_subject
 
@@ -199,7 +199,7 @@ def evaluate(
     format: Annotated[str, typer.Option("--format", help="text or json (item by item).")] = "text",
     storage: Storage = None,
 ) -> None:
-    """Score a checkpoint or a recipe on an experiment's items, by plain transformers, in this process."""
+    """Score a checkpoint or a recipe. On an experiment's items, by plain transformers, in this process."""
     _choice("--split", split, ("search", "select", "test"))
     _choice("--format", format, ("text", "json"))
     import json
@@ -224,7 +224,7 @@ def evaluate(
 
 @app.command(epilog=_example("evomerge methods ties"))
 def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, in full.")] = None) -> None:
-    """List the merge methods, or one with its parameters and source."""
+    """List the merge methods, or show one. With its parameters and source."""
     from evomerge.showing import show_method, show_methods
 
     print(show_method(name) if name else show_methods())
@@ -232,7 +232,7 @@ def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="O
 
 @app.command(epilog=_example("evomerge schema > experiment.schema.json"))
 def schema() -> None:
-    """Print the JSON schema of experiment files, for editors that complete and check."""
+    """Print the schema of experiment files. JSON, for editors that complete and check."""
     import json
 
     from evomerge.spec import json_schema
@@ -242,7 +242,7 @@ def schema() -> None:
 
 @app.command(epilog=_example("evomerge doctor"))
 def doctor() -> None:
-    """Say what this machine has and whether evomerge can work on it."""
+    """Check this machine. What it has, and whether evomerge can work on it."""
     from evomerge.doctor import examine
 
     checks = examine()
