@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 100_000_000  # recipes and outcomes are all that travels; Ray's least is 75 MB
 START_ATTEMPTS = 3
+RAY_SETTINGS = {  # read by Ray when it is imported and when its node starts
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 otherwise: on a shared machine, workers would get next to no processor time
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # printed on the driver's screen, whatever log_to_driver
+}
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SLICE_SECONDS = 0.5  # the longest wait in one piece, so that time limits and signals are seen
 
@@ -187,6 +192,8 @@ class RayPool:
             check_resources(self.count, cpus=self.cpus, gpus=self.gpus)
         try:
             with _signals_kept():
+                for name, value in RAY_SETTINGS.items():
+                    os.environ.setdefault(name, value)
                 import ray
 
                 if not ray.is_initialized():
@@ -202,7 +209,6 @@ class RayPool:
             raise
 
     def _connect(self, ray: Any, spec: WorkerSpec) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         self._started_ray = True
         if self.address is not None:
@@ -403,12 +409,12 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 def _cause(error: Exception) -> str:
     """One line of what Ray says about a death, without its headings and its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        for mark in ("exit_detail:", "Worker exit detail:", "The actor is dead because", "death_cause"):
-            if mark in line:
-                return one_line(line[line.index(mark) :], 200)
-    return one_line(lines[0] if lines else type(error).__name__, 200)
+    text = str(error)
+    for mark in ("Worker exit detail:", "The actor is dead because"):
+        if mark in text:
+            text = text[text.index(mark) + len(mark) :]
+            break
+    return one_line(text.partition("Some common causes")[0], 200)
 
 
 @contextlib.contextmanager
