@@ -70,7 +70,9 @@ def measure(arguments: argparse.Namespace) -> None:
     need(BASE, "base")
     for name in arguments.tasks:
         need(DATA / name, "data")
-    measuring.table(BASE, DATA, ADAPTERS, arguments.tasks, arguments.items, arguments.coefficients)
+    measuring.table(
+        BASE, DATA, ADAPTERS, tasks=arguments.tasks, items=arguments.items, coefficients=arguments.coefficients
+    )
 
 
 def need(path: Path, step: str) -> None:

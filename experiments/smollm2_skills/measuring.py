@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import lora
 import skills
 import torch
+from safetensors.torch import load_file
 
 
 def interval(right: Sequence[bool]) -> tuple[float, float, float]:
@@ -21,10 +23,6 @@ def interval(right: Sequence[bool]) -> tuple[float, float, float]:
 
 def add_adapters(model: torch.nn.Module, folder: Path, weights: dict[str, float]) -> None:
     """Add weight x scaling x B A of every adapter to the model's parameters, in float32."""
-    import json
-
-    from safetensors.torch import load_file
-
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
         config = json.loads((folder / name / "adapter_config.json").read_text())
@@ -46,13 +44,14 @@ def score(model: torch.nn.Module, tokenizer: object, data: Path, task: str, item
 
 
 def table(
-    base: Path, data: Path, adapters: Path, tasks: Sequence[str], items: int, coefficients: Sequence[float]
+    base: Path, data: Path, adapters: Path, *, tasks: Sequence[str], items: int, coefficients: Sequence[float]
 ) -> None:
     """Print one row a model: accuracy with its 95% interval on the last ``items`` of each task's evaluation pool."""
     merges = {f"uniform 1/{len(tasks)}": 1 / len(tasks), **{f"uniform {c:g}": c for c in coefficients}}
     models = {"base": {}, **{f"expert {t}": {t: 1.0} for t in tasks}}
     models |= {name: dict.fromkeys(tasks, c) for name, c in merges.items()}
-    print("| model | " + " | ".join(tasks) + " | mean |\n|---" * 1 + "|---" * (len(tasks) + 1) + "|")
+    print("| model | " + " | ".join(tasks) + " | mean |")
+    print("|---" * (len(tasks) + 2) + "|")
     for name, weights in models.items():
         model, tokenizer = lora.load(base)
         add_adapters(model, adapters, weights)

