@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -85,22 +85,25 @@ class Mirror:
             except DuplicatedStudyError:
                 return self.storage.get_study_id_from_name(self.name)
 
-    def repair(self, trials: Sequence[TrialRecord]) -> int:
-        """Add what Optuna's copy lacks of ``trials`` (all, in the order of their numbers); returns how many it was."""
-        have = self._count(len(trials))
-        repaired = 0
+    def repair(self, states: Sequence[str], read_trials: Callable[[], Sequence[TrialRecord]]) -> int:
+        """Add what Optuna's copy lacks; returns how many trials that were.
+
+        Args:
+            states: of all trials, in the order of their numbers.
+            read_trials: the trials themselves; called only if something is lacking.
+        """
+        have = self._count(len(states))
         running = self.database.patiently(
             lambda: self.storage.get_all_trials(self.study_id, deepcopy=False, states=(TrialState.RUNNING,))
         )
-        for number in sorted(t.number for t in running):
-            if number < have and trials[number].state != "running":
-                trial = trials[number]
-                self.finish(number, trial.state, trial.score, trial.failure)
-                repaired += 1
-        for trial in trials[have:]:
-            self.add(trial)
-            repaired += 1
+        open_there = sorted(t.number for t in running if t.number < have and states[t.number] != "running")
+        repaired = len(open_there) + len(states) - have
         if repaired:
+            trials = read_trials()
+            for trial in (trials[n] for n in open_there):
+                self.finish(trial.n, trial.state, trial.score, trial.failure)
+            for trial in trials[have:]:
+                self.add(trial)
             log.info("%s: %d trials were completed in Optuna's copy", self.name, repaired)
         return repaired
 
