@@ -39,7 +39,7 @@ START_ATTEMPTS = 3
 RAY_SETTINGS = {  # read by Ray when it is imported and when its node starts
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # 15 otherwise: on a shared machine, workers would get next to no processor time
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # printed on the driver's screen, whatever log_to_driver
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # on the driver's screen, log_to_driver or not
 }
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 SLICE_SECONDS = 0.5  # the longest wait in one piece, so that time limits and signals are seen
