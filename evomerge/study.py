@@ -149,9 +149,12 @@ class Study:
     def _replay_log(self) -> None:
         """Asynchronous schedule: repeat asks and tells in the order in which they happened."""
         told = set()
-        for kind, n in self.store.events():
-            if n >= len(self.trials):
-                continue  # asked, but the driver died before the trial was stored: it will be asked again
+        events = list(self.store.events())
+        # A driver that died before it stored trial n has left an ask of n that counts for nothing: n was asked again.
+        last_ask = {n: position for position, (kind, n) in enumerate(events) if kind == "ask"}
+        for position, (kind, n) in enumerate(events):
+            if n >= len(self.trials) or (kind == "ask" and position != last_ask[n]):
+                continue
             if kind == "ask":
                 self.searcher.replay(n, dict(self.trials[n].point))
             else:

@@ -133,15 +133,13 @@ class Crash(BaseException):
     """The driver dies here: not an Exception, so that nothing tidies up after it."""
 
 
-WRITES = ("add_trial", "save_evaluation", "finish_trial", "log_attempt", "update_record")
+WRITES = ("add_trial", "save_evaluation", "finish_trial", "log_attempt", "log_event", "update_record")
 
 
-@pytest.mark.parametrize("method", ["cma", "tpe"])
-def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(write, monkeypatch, method):
-    """The process is gone before, or right after, its k-th write, for k all over the run; then resumed, and so on."""
-    path = write(search={"method": method, "budget": 8})
-    whole = run(path, store="whole.db")
-    counter = {"left": 0, "after": False}
+@pytest.fixture
+def die(monkeypatch) -> Callable[[int], None]:
+    """``die(k)``: the process is gone at the k-th store write from now, before it (even k) or after it (odd k)."""
+    counter = {"left": 10**9, "after": False}
 
     def dying(original):
         def write_or_die(self, *args, **kwargs):
@@ -157,20 +155,39 @@ def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(writ
 
     for name in WRITES:
         monkeypatch.setattr(Store, name, dying(getattr(Store, name)))
+    return lambda k: counter.update(left=k, after=bool(k % 2))
+
+
+def crash_again_and_again(path: Path, die: Callable[[int], None], steps: range) -> Store:
+    """Run into a crash at every step, resume into the next, and then to the end."""
     crashes = 0
-    for step in (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29):
-        counter.update(left=step, after=bool(step % 2))
+    for step in steps:
+        die(step)
         try:
             run(path, ShuffledPool(2, order_seed=step), store="crashed.db")
         except Crash:
             crashes += 1
-        else:
-            break
-    counter.update(left=10**9)
-    resumed = run(path, ShuffledPool(2), store="crashed.db")
+    die(10**9)
     assert crashes >= 8
+    return run(path, ShuffledPool(2), store="crashed.db")
+
+
+@pytest.mark.parametrize("method", ["cma", "tpe"])
+def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(write, die, method):
+    path = write(search={"method": method, "budget": 8})
+    whole = run(path, store="whole.db")
+    resumed = crash_again_and_again(path, die, range(2, 15))
     assert trajectory(resumed) == trajectory(whole)
     assert scores(resumed) == scores(whole)
+
+
+@pytest.mark.parametrize("method", ["cma", "tpe"])
+def test_an_asynchronous_study_survives_deaths_around_any_store_write(write, die, method):
+    path = write(search={"method": method, "budget": 8, "schedule": "asynchronous"})
+    resumed = crash_again_and_again(path, die, range(2, 15))
+    assert [(t.n, t.state) for t in resumed.trials()] == [(n, "complete") for n in range(8)]
+    tells = [n for kind, n in resumed.events() if kind == "tell"]
+    assert sorted(tells) == list(range(8))
 
 
 def test_a_lost_worker_costs_an_attempt_and_changes_nothing(write):

@@ -1,0 +1,96 @@
+"""What commands print about studies, trials and methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import MethodError, StudyError
+from evomerge.launch import sqlite_url
+from evomerge.recipe import Group, Recipe, Source
+from evomerge.showing import needs_a_look, resolve_subject, show_method, show_methods
+from evomerge.store import Evaluation, Store
+
+SOURCES = Source("base", "base", "0" * 64), (Source("a", "a", "1" * 64), Source("b", "b", "2" * 64))
+
+
+def recipe(weight: float) -> Recipe:
+    return Recipe(SOURCES[0], SOURCES[1], "task_arithmetic", (Group((weight, weight)),))
+
+
+def evaluation(subject: str, split: str, weight: float, score: float) -> Evaluation:
+    r = recipe(weight)
+    return Evaluation(f"{subject}/{split}", subject, split, r.hash, r.to_dict(), (), {"one": score}, score)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Ten finished trials and a control, without finish."""
+    store = Store.create(sqlite_url(tmp_path / "study.db"), "shown", {"spec": {"name": "shown"}, "budget": 10})
+    with store.lock():
+        for n in range(10):
+            r = recipe(n / 10)
+            store.add_trial(n, {"weight": n / 10}, r.to_dict(), r.hash)
+            store.finish_trial(n, "complete", n / 10, None)
+        store.save_evaluation(evaluation("control:expert:a", "search", 1.0, 0.5))
+    return store
+
+
+def test_a_trial_is_found_by_number_and_a_control_with_or_without_its_prefix(store):
+    def found(name: str) -> tuple[str, str]:
+        subject, its_recipe = resolve_subject(store, name)
+        return subject, its_recipe.hash
+
+    assert found("7") == ("trial:7", recipe(0.7).hash)
+    for name in ("a", "expert:a", "control:expert:a"):
+        assert found(name) == ("control:expert:a", recipe(1.0).hash)
+
+
+def test_best_is_the_highest_on_select_and_missing_before_finish(store):
+    with pytest.raises(StudyError, match="no winner yet"):
+        resolve_subject(store, "best")
+    with store.lock():
+        store.save_evaluation(evaluation("trial:9", "select", 0.9, 0.4))
+        store.save_evaluation(evaluation("trial:3", "select", 0.3, 0.6))
+        store.save_evaluation(evaluation("control:base", "select", 0.0, 0.9))
+    assert resolve_subject(store, "best")[0] == "trial:3"
+
+
+@pytest.mark.parametrize("name", ["10", "nobody"])
+def test_what_is_not_there_is_refused_by_name(store, name):
+    with pytest.raises(StudyError, match=name):
+        resolve_subject(store, name)
+
+
+def test_a_study_needs_a_look_when_a_control_or_more_than_a_tenth_failed(store):
+    assert not needs_a_look(store)
+    with store.lock():
+        store.log_attempt("control:base/search", 1, "lost", "killed", "", 1.0, "w")
+        assert not needs_a_look(store)  # was tried again
+        for n in (10, 11):
+            store.add_trial(n, {"weight": 0.0}, recipe(0.0).to_dict(), recipe(0.0).hash)
+        store.finish_trial(10, "fail", None, "nan: score")
+        assert not needs_a_look(store)  # 1 of 12
+        store.finish_trial(11, "fail", None, "nan: score")
+        assert needs_a_look(store)  # 2 of 12
+
+
+def test_a_failed_control_needs_a_look(store):
+    with store.lock():
+        store.log_attempt("control:base/search", 1, "nan", "score is nan", "", 1.0, "w")
+    assert needs_a_look(store)
+
+
+def test_every_method_is_listed_and_shown_with_each_parameter():
+    from evomerge.methods import METHODS
+
+    listing = show_methods()
+    for name, method in METHODS.items():
+        assert f"{name} " in listing
+        text = show_method(name)
+        assert method.reference in text
+        assert all(f"\n{key} " in text for key in method.params)
+    with pytest.raises(MethodError, match="slurp") as caught:
+        show_method("slurp")
+    assert "Did you mean 'slerp'?" in str(caught.value)
