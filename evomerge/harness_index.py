@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import EvaluatorError
+from evomerge.plugins import code_files
 
 
 class TaskFinder:
@@ -93,7 +94,7 @@ def _shipped_tasks() -> dict[str, Path]:
 
 
 def task_files(path: Path) -> list[Path]:
-    """A task's YAML, what it includes, and the Python files beside it that it names."""
+    """A task's YAML, what it includes, and the Python files beside it that it names or that those import."""
     found: dict[Path, None] = {}
     todo = [path]
     while todo:
@@ -101,7 +102,9 @@ def task_files(path: Path) -> list[Path]:
         if file in found or not file.is_file():
             continue
         found[file] = None
-        if file.suffix in (".yaml", ".yml", ""):
+        if file.suffix == ".py":
+            todo += code_files(file)
+        elif file.suffix in (".yaml", ".yml", ""):
             text = file.read_text(encoding="utf-8", errors="replace")
             todo += [file.parent / f"{m.replace('.', '/')}.py" for m in re.findall(r"!function\s+([\w.]+)\.\w+", text)]
             included = re.findall(r"^include:\s*(.+)$", text, re.MULTILINE)

@@ -86,5 +86,6 @@ def hash_files(files: Iterable[Path], folder: Path) -> dict[str, str]:
         below = file.is_relative_to(folder)
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        hashes[file.relative_to(folder).as_posix() if below else f"{file.parent.name}/{file.name}"] = digest
+        name = file.relative_to(folder).as_posix() if below else f"{file.parent.name}/{file.name}"
+        hashes[name if name not in hashes else file.as_posix()] = digest
     return hashes
