@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evomerge.checkpoints import Checkpoint, map_tensor, tensor_kind, ties_embeddings
 from evomerge.errors import CheckpointError
-from evomerge.folders import TOKENIZER_FILES, inside, optional_files, read_json, refuse_pickles, some
+from evomerge.folders import inside, read_json, refuse_pickles, some, tokenizer_files
 from evomerge.methods.base import LowRank
 from evomerge.safetensor_files import Entry, read_header
 
@@ -104,7 +104,7 @@ class _Factors:
 
 def adapter_files(folder: Path) -> list[Path]:
     """What an adapter's content is: its weights, its config, and tokenizer files that came with it."""
-    return [_weights(folder), inside(folder / CONFIG), *optional_files(folder, TOKENIZER_FILES)]
+    return [_weights(folder), inside(folder / CONFIG), *tokenizer_files(folder)]
 
 
 def _weights(folder: Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CheckpointError
-from evomerge.folders import TOKENIZER_FILES, find_folder, inside, optional_files, read_json, refuse_pickles, some
+from evomerge.folders import find_folder, inside, optional_files, read_json, refuse_pickles, some, tokenizer_files
 from evomerge.hashing import cache_folder, content_hash
 from evomerge.methods.base import LowRank, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
@@ -151,7 +151,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder} holds no tensors")
     if any(head in places for head in HEADS) and ties_embeddings(folder, config, places):
         _drop_tied_copy(places)
-    extra += [folder / "config.json", *optional_files(folder, ("generation_config.json", *TOKENIZER_FILES))]
+    generation = optional_files(folder, ("generation_config.json",))
+    extra += [folder / "config.json", *generation, *tokenizer_files(folder)]
     return Checkpoint(folder, config, places, extra)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from evomerge.checkpoints import Sources
 from evomerge.errors import CheckpointError
-from evomerge.folders import TOKENIZER_FILES, optional_files, read_json
+from evomerge.folders import optional_files, read_json, tokenizer_files
 from evomerge.merging import SHARD_SIZE, Merger, Report, open_sources, torch_dtype
 from evomerge.modelcard import model_card
 from evomerge.recipe import Recipe
@@ -116,12 +116,14 @@ def _write_companions(folder: Path, sources: Sources, recipe: Recipe, card: Mapp
     origin = sources.reference.path
     config = _config(sources.reference.config, recipe.export_dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for file in optional_files(origin, ("generation_config.json", *TOKENIZER_FILES)):
+    for file in (*optional_files(origin, ("generation_config.json",)), *tokenizer_files(origin)):
+        copy = folder / file.relative_to(origin)
+        copy.parent.mkdir(exist_ok=True)
         if file.name == "tokenizer_config.json" and "auto_map" in (settings := read_json(file)):
             del settings["auto_map"]  # names Python files that are neither run nor copied
-            (folder / file.name).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            copy.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, copy)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card(recipe, sources.reference.config, card), encoding="utf-8")
 
@@ -145,10 +147,12 @@ def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str]) -> None:
     """Names, sizes and hashes of all files. Written last, when everything before it is on the disk."""
     files = {}
-    for file in sorted(folder.iterdir()):
-        if file.name not in hashes:
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if name not in hashes:
             _sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": hashes.get(file.name) or _sha256(file)}
+        if file.is_file():
+            files[name] = {"size": file.stat().st_size, "sha256": hashes.get(name) or _sha256(file)}
     manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)

@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json",
 )
 # fmt: on
+TEMPLATES = "additional_chat_templates"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -66,6 +67,13 @@ def inside(path: Path) -> Path:
 
 def optional_files(folder: Path, names: Sequence[str]) -> list[Path]:
     return [inside(folder / name) for name in names if (folder / name).is_file()]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's, processor's and chat templates' files; further templates lie in a folder of their own."""
+    templates = folder / TEMPLATES
+    more = sorted(templates.glob("*.jinja")) if templates.resolve().parent == folder.resolve() else []
+    return [*optional_files(folder, TOKENIZER_FILES), *(inside(file) for file in more)]
 
 
 def refuse_pickles(folder: Path, instead: str) -> None:

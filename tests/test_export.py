@@ -55,6 +55,19 @@ def test_what_is_in_the_folder(recipe: Recipe, tmp_path: Path):
     assert Recipe.load(out / "recipe.yaml").hash == recipe.hash
 
 
+def test_chat_templates_come_along(recipe: Recipe, lora_family: Path, tmp_path: Path):
+    """The default one and those with a name: transformers finds the same ones in the export."""
+    base = shutil.copytree(lora_family / "base", tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "a {{ messages }}", "tools": "b {{ messages }}"}
+    tokenizer.save_pretrained(base)
+    out = export(replace(recipe, base=Source("base", str(base))), tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert is_complete_export(out, hashes=True)
+    (out / "additional_chat_templates" / "tools.jinja").unlink()
+    assert not is_complete_export(out)
+
+
 def test_the_recipe_in_the_folder_repeats_it(recipe: Recipe, tmp_path: Path):
     first = export(verify_sources(recipe), tmp_path / "first", shard_size=20_000)
     second = export(Recipe.load(first / "recipe.yaml"), tmp_path / "second", shard_size=20_000)

@@ -1,0 +1,62 @@
+"""Where tensors lie in a model: in its parameters where that is possible, by transformers' operations elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from evomerge.checkpoints import open_checkpoint
+from evomerge.placement import parameter_names, place
+from evomerge.testing import tiny
+
+
+def test_fused_experts_are_reached_in_place(moe_family: Path):
+    """Each of the file's w1, w2, w3 is a part of a stacked parameter: what is written there is what was loaded."""
+    tensors = load_file(moe_family / "base" / "model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(moe_family / "base")
+    placement = place(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    assert placement.conversions == []
+    assert placement.unused == []
+    assert placement.views.keys() == tensors.keys()
+    assert all(torch.equal(view, tensors[name]) for name, view in placement.views.items())
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {view.untyped_storage().data_ptr() for view in placement.views.values()} == storages
+
+
+def test_split_tensors_go_through_transformers():
+    """One file tensor, three parameters: the conversion is transformers' own, run on numbers that tell rows apart."""
+    config = transformers.NomicBertConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.AutoModel.from_config(config)
+    name = "encoder.layers.0.attn.Wqkv.weight"
+    placement = place(model, {name: (96, 32)})
+    (conversion,) = placement.conversions
+    tensor = torch.arange(96.0 * 32).view(96, 32)
+    converted = conversion.run(lambda asked: {name: tensor}[asked], model)
+    assert sorted(converted) == [
+        n for n in sorted(model.state_dict()) if "self_attn." in n and n.split(".")[-2][0] in "qkv"
+    ]
+    for rows, key in enumerate("qkv"):
+        found = next(value for target, value in converted.items() if f".{key}_proj." in target)
+        assert torch.equal(found, tensor[32 * rows : 32 * rows + 32])
+
+
+def test_heads_that_a_model_class_leaves_out(dense_family: Path, tmp_path: Path):
+    folder = tiny.save_model(tmp_path / "base", tiny.llama_config(tie_word_embeddings=False), seed=0)
+    tensors = load_file(folder / "model.safetensors")
+    model = transformers.AutoModel.from_pretrained(folder)  # names there have no "model." in front
+    placement = place(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    assert placement.unused == ["lm_head.weight"]
+    assert all(torch.equal(view, tensors[name]) for name, view in placement.views.items())
+
+
+def test_names_of_parameters(moe_family: Path):
+    """Found without loading a weight: only parameters that are one whole tensor of the file."""
+    names = parameter_names(open_checkpoint(moe_family / "base"))
+    assert names["model.layers.1.mlp.gate.weight"] == "model.layers.1.block_sparse_moe.gate.weight"
+    assert names["lm_head.weight"] == "lm_head.weight"
+    assert not any("experts" in name for name in names)
