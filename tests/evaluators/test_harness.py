@@ -222,10 +222,14 @@ def test_prompts_with_examples_are_lm_evals(target, tasks_folder, samples):
 
 
 def test_examples_come_from_none_of_the_studys_items(target, tasks_folder):
-    """The task draws its examples from its own test split, and one of them is a study's item in other letters."""
+    """The task draws its examples from its own test split, and some of them are study's items in capitals."""
     harness: Any = evaluator(tasks_folder, no_examples={})
     everything = harness.load()
     items = everything[:10]
+    pool = harness._tasks["no_examples"]._pool
+    pool += [{**doc, **{k: v.upper() for k, v in doc.items() if k == "question"}} for doc in pool[:10]]
+    for doc in pool[-10:]:
+        doc["choices"] = [choice.upper() for choice in doc["choices"]]
     left = {item.text.split("?")[0] for item in everything[10:]}
     harness.prepare(target, items)
     for item in items:
