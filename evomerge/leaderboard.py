@@ -145,6 +145,7 @@ class _Board:
         total = sum(weights.values()) or 1.0
         self.shares = {t: w / total for t, w in weights.items()}
         self.metrics = self.record.get("metrics", {})
+        self._aggregated: dict[tuple[str, str, tuple[str, ...]], st.Array] = {}
 
     def build(self) -> Leaderboard:
         controls = [e for s, e in self.select.items() if is_control(s)]
@@ -269,7 +270,12 @@ class _Board:
                 samples[task] = st.resampled_mean(*self._values(task, outcomes), picked[task])
             else:
                 assert self.aggregate is not None
-                samples[task] = np.array([self.aggregate(task, [outcomes[i] for i in row]) for row in picked[task]])
+                # The slow part, and wanted again for the task, the objective and each difference to this subject.
+                key = (e.key, task, tuple(o.item_id for o in outcomes))
+                if key not in self._aggregated:
+                    scores = [self.aggregate(task, [outcomes[i] for i in row]) for row in picked[task]]
+                    self._aggregated[key] = np.array(scores)
+                samples[task] = self._aggregated[key]
         return samples
 
     # What did not make it into the ranking
