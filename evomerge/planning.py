@@ -115,6 +115,7 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     )
     evaluator = load_evaluator(evaluator_file, context)
     items = tuple(assign_splits(evaluator.load(), spec.evaluate.split, seed=spec.seed))
+    evaluator.check(items)
     _require_every_split(items, context.tasks)
 
     template = hash_sources(unhashed, progress)
