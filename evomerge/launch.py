@@ -132,6 +132,7 @@ def new_record(plan: Plan, budget: int) -> dict[str, Any]:
             task: {"metric": plan.evaluator.metric(task), "item_mean": plan.evaluator.is_item_mean(task)}
             for task in plan.tasks
         },
+        "dimensions": {d.name: [d.low, d.high] for d in plan.space.dimensions},
         "budget": budget,
         "rounds": [],
         "drift": [],
@@ -148,9 +149,7 @@ def open_or_create(
         if must_exist:
             raise StudyError(f"there is no study {name!r} in {url}", remedy="Start it with: evomerge run EXPERIMENT")
         budget = new_budget(options.budget, plan.spec.search.budget)
-        store = Store.create(url, name, new_record(plan, budget))
-        store.set_items(list(plan.items))
-        return store, budget
+        return Store.create(url, name, new_record(plan, budget), items=plan.items), budget
     store = Store.open(url, name)
     record = store.record
     changes = drift(record["fingerprint"], plan.fingerprint)
