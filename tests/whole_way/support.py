@@ -78,7 +78,7 @@ def start(*arguments: str | Path, cwd: Path | None = None, **environment: str) -
     )
 
 
-def end(process: subprocess.Popen[str], *, seconds: float = 180) -> Run:
+def end(process: subprocess.Popen[str], *, seconds: float = 400) -> Run:
     """Wait for ``process``; one that does not end is killed, and the test fails with what it said."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -90,7 +90,7 @@ def end(process: subprocess.Popen[str], *, seconds: float = 180) -> Run:
 
 
 def evomerge(
-    *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 180, **environment: str
+    *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 400, **environment: str
 ) -> Run:
     """Run `evomerge ARGUMENTS` in a new interpreter and expect ``code`` (None: any)."""
     return expect(end(start(*arguments, cwd=cwd, **environment), seconds=seconds), code)
@@ -146,7 +146,7 @@ def kill_tree(pid: int) -> None:
             continue
 
 
-def wait_for(what: Callable[[], object], *, seconds: float = 60, every: float = 0.01, why: str = "") -> None:
+def wait_for(what: Callable[[], object], *, seconds: float = 240, every: float = 0.01, why: str = "") -> None:
     """Poll until ``what()`` is true."""
     until = time.monotonic() + seconds
     while not what():

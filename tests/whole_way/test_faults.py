@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from .support import (
+    Server,
     alive,
     calls,
     candidates,
@@ -74,36 +75,32 @@ def disturb(path: Path, chance: random.Random, *options: str) -> None:
         victim = calls(path.parent)[-1]
         if alive(victim):
             psutil.Process(victim).kill()
-        wait_for(
-            lambda: len(calls(path.parent)) >= driver_at or driver.poll() is not None, seconds=90, why="the search"
-        )
+        wait_for(lambda: len(calls(path.parent)) >= driver_at or driver.poll() is not None, why="the search")
         time.sleep(chance.uniform(0, 0.1))
         driver.kill()
-        ended = end(driver, seconds=30)
+        ended = end(driver, seconds=400)
         assert ended.code == -signal.SIGKILL, ended.text
-        assert "trying again" in ended.err, ended.err
         wait_for(lambda: not any(alive(pid) for pid in set(calls(path.parent))), why="workers ending with their driver")
     finally:
         kill_tree(driver.pid)
-    evomerge("resume", path, *options, seconds=300)
+    evomerge("resume", path, *options, seconds=500)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_9_of_worker_and_driver(many: Callable[..., Path], method: str):
     """Ten studies with seeds of their own, each with a worker and then the driver killed at random moments."""
 
-    def one(seed: int) -> list[tuple]:
-        path = slow_experiment(many, pause=0.06, method=method, seed=seed)
-        disturb(path, random.Random(f"{method} {seed}"))
-        assert_whole(path)
-        return candidates(path)
-
-    paths = {seed: slow_experiment(many, pause=0.0, method=method, seed=seed) for seed in range(10)}
+    paths = [slow_experiment(many, pause=0.06, method=method, seed=seed) for seed in range(10)]
     with ThreadPoolExecutor(max_workers=2) as threads:
-        disturbed = dict(zip(paths, threads.map(one, paths), strict=True))
-    for seed, path in paths.items():
-        undisturbed(path)
-        assert disturbed[seed] == candidates(path), f"seed {seed}"
+        list(threads.map(lambda seed: disturb(paths[seed], random.Random(f"{method} {seed}")), range(10)))
+    lost = 0
+    for seed, path in enumerate(paths):
+        assert_whole(path)
+        alone = slow_experiment(many, pause=0.0, method=method, seed=seed)
+        undisturbed(alone)
+        assert candidates(path) == candidates(alone), f"seed {seed}"
+        lost += sum(attempt.state == "lost" for attempt in store(path).attempts())
+    assert lost >= 3, "most workers should have been killed in the middle of an evaluation"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +125,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_for(listens, seconds=60, every=0.2, why="Ray's head node")
+        wait_for(listens, every=0.2, why="Ray's head node")
         yield f"127.0.0.1:{port}"
     finally:
         kill_tree(head.pid)
@@ -145,7 +142,7 @@ def test_one_two_and_four_workers(many: Callable[..., Path], cluster: str, metho
     undisturbed(alone)
     for count in (1, 2, 4):
         path = slow_experiment(many, pause=0.15, method=method, seed=3, **HALF)
-        evomerge("run", path, "--workers", str(count), "--address", cluster, seconds=300)
+        evomerge("run", path, "--workers", str(count), "--address", cluster, seconds=500)
         assert_whole(path)
         assert len(set(calls(path.parent))) == count
         assert candidates(path) == candidates(alone), f"{count} workers"
@@ -173,11 +170,11 @@ def test_ray_of_its_own(many: Callable[..., Path]):
     path = slow_experiment(many, pause=0.1, method="random", seed=5, **HALF)
     driver = start("run", path, "--workers", "2")
     try:
-        wait_for(lambda: len(calls(path.parent)) >= 15 or driver.poll() is not None, seconds=120)
+        wait_for(lambda: len(calls(path.parent)) >= 15 or driver.poll() is not None, seconds=400)
         family = psutil.Process(driver.pid).children(recursive=True)
         assert any("raylet" in process.name() for process in family)
-        assert end(driver, seconds=180).code == 0
-        wait_for(lambda: not any(alive(p.pid) for p in family), seconds=30, why="Ray's processes ending")
+        assert end(driver).code == 0
+        wait_for(lambda: not any(alive(p.pid) for p in family), why="Ray's processes ending")
     finally:
         kill_tree(driver.pid)
     assert candidates(path) == candidates(alone)
@@ -209,46 +206,47 @@ def test_stopped_once_drains(many: Callable[..., Path], how: str):
     driver = running(path, after=3)
     before = stored(path)
     send_group(driver, signal.SIGINT) if how == "Ctrl-C" else send(driver, signal.SIGTERM)
-    run = end(driver, seconds=60)
+    run = end(driver, seconds=400)
     assert run.code == 130, run.text
     assert "evomerge resume" in run.err
     assert "Traceback" not in run.err, run.err
     assert stored(path) == len(calls(path.parent)) > before, "what was running should have been stored"
     assert not any(alive(pid) for pid in calls(path.parent))
-    evomerge("resume", path, seconds=120)
+    evomerge("resume", path, seconds=400)
     alone = small(many, pause=0.0)
     undisturbed(alone)
     assert candidates(path) == candidates(alone)
 
 
 def test_stopped_twice_drops(many: Callable[..., Path]):
-    path = small(many, pause=30.0)
+    path = small(many, pause=300.0)
     driver = running(path, after=1)
     send_group(driver, signal.SIGINT)
     time.sleep(0.3)
     began = time.monotonic()
     send_group(driver, signal.SIGINT)
-    run = end(driver, seconds=60)
+    run = end(driver, seconds=400)
     assert run.code == 130, run.text
     assert "evomerge resume" in run.err
     assert "Traceback" not in run.err, run.err
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 25
     assert not any(alive(pid) for pid in calls(path.parent))
     assert stored(path) == len(calls(path.parent)) - 1, "what was running should have been dropped"
     assert "Stopped after 0 of 4" in run.err
 
 
-def test_two_drivers_and_stop(many: Callable[..., Path]):
-    path = small(many, pause=3.0)
+def test_two_drivers_and_stop(server: Server, many: Callable[..., Path]):
+    path = small(many, pause=10.0)
+    server.run("methods")  # the server is ready, so that the next two come while the driver runs
     driver = running(path, after=1)
-    second = evomerge("resume", path, code=2)
+    second = server.run("resume", path, code=2)
     assert str(driver.pid) in second.err
     assert socket.gethostname() in second.err
-    assert str(driver.pid) in evomerge("stop", path).out
-    first = end(driver, seconds=60)
+    assert str(driver.pid) in server.run("stop", path).out
+    first = end(driver)
     assert first.code == 130, first.text
     assert "evomerge resume" in first.err
-    assert "nothing is running" in evomerge("stop", path).out
+    assert "nothing is running" in server.run("stop", path).out
 
 
 # --- candidates that misbehave -------------------------------------------------------------------------------------
@@ -277,7 +275,7 @@ def test_failures_are_trials_with_a_reason(many: Callable[..., Path]):
     )
     code = (path.parent / "my_eval.py").read_text()
     (path.parent / "my_eval.py").write_text(code.replace("    weights = b", f"    {UNRULY.strip()}\n    weights = b"))
-    run = evomerge("run", path, code=None, seconds=240)
+    run = evomerge("run", path, code=None, seconds=400)
     assert run.code in (0, 3), run.text
     trials = store(path).trials()
     assert len(trials) == 14
@@ -295,19 +293,19 @@ def test_failures_are_trials_with_a_reason(many: Callable[..., Path]):
 # --- drift ---------------------------------------------------------------------------------------------------------
 
 
-def test_drift_is_refused_by_name(finished_copy: Path):
+def test_drift_is_refused_by_name(server: Server, finished_copy: Path):
     path = finished_copy
     code = path.parent / "my_eval.py"
     code.write_text(code.read_text() + "\n# a change\n")
     config = path.parent / "expert1" / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
-    run = evomerge("resume", path, "--budget", "+1", code=2)
+    run = server.run("resume", path, "--budget", "+1", code=2)
     assert "my_eval.py" in run.err
     assert "expert1" in run.err
     assert "expert0" not in run.err
     assert "--allow-drift" in run.err
     assert len(store(path).trials()) == 8
-    evomerge("resume", path, "--budget", "+1", "--allow-drift")
+    server.run("resume", path, "--budget", "+1", "--allow-drift")
     assert len(store(path).trials()) == 9
     assert store(path).record["drift"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .support import evomerge, json_of, store
+from .support import Server, json_of, store
 
 
 def weights(folder: Path) -> dict:
@@ -20,7 +20,9 @@ def weights(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-def test_mixture_of_experts(experiment: Callable[..., Path], moe_family: Path, tmp_path: Path, method: str):
+def test_mixture_of_experts(
+    server: Server, experiment: Callable[..., Path], moe_family: Path, tmp_path: Path, method: str
+):
     path = experiment(
         moe_family,
         space={
@@ -35,9 +37,9 @@ def test_mixture_of_experts(experiment: Callable[..., Path], moe_family: Path, t
             "finish": {"top": 2},
         },
     )
-    evomerge("run", path)
+    server.run("run", path)
     out = tmp_path / "winner"
-    evomerge("export", path, "--out", out)
+    server.run("export", path, "--out", out)
 
     merged, base = weights(out), weights(moe_family / "base")
     assert {name: t.shape for name, t in merged.items()} == {name: t.shape for name, t in base.items()}
@@ -46,7 +48,7 @@ def test_mixture_of_experts(experiment: Callable[..., Path], moe_family: Path, t
 
     winner = store(path).record["rounds"][-1]["winner"]
     stored = store(path).evaluation(f"{winner}/test", with_outcomes=True)
-    again = json_of(evomerge("evaluate", out, path, "--split", "test", "--format", "json"))
+    again = json_of(server.run("evaluate", out, path, "--split", "test", "--format", "json"))
     assert {o["id"]: o["values"] for o in again["items"]} == {o.item_id: dict(o.values) for o in stored.outcomes}
-    assert "identical" in evomerge("evaluate", out, path, "--split", "test", "--compare").out
+    assert "identical" in server.run("evaluate", out, path, "--split", "test", "--compare").out
     json.loads((out / "config.json").read_text())
