@@ -369,10 +369,16 @@ class Sources:
         return View(base if full is None else full, expert.low_rank(name))
 
     def __iter__(self) -> Iterator[tuple[TensorInfo, Tensor | None, list[Any]]]:
-        """All float tensors, whole, as ``load`` gives them; may be iterated again and again."""
+        """All float tensors, whole, as ``load`` gives them; may be iterated again and again.
+
+        Each list of experts is emptied when the next tensor is asked for: two tensors of T experts are never in memory
+        together.
+        """
         for name in self.names:
             if self.is_float(name):
-                yield self.load(name)
+                loaded = self.load(name)
+                yield loaded
+                loaded[2].clear()
 
 
 def grid(numel: int) -> Iterator[tuple[int, int]]:
