@@ -37,7 +37,35 @@ _PUBLIC = {
     "Space": "evomerge.space",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [  # a plain list, for tools that read it without running it; held equal to _PUBLIC by a test
+    "METHODS",
+    "Evaluator",
+    "EvaluatorContext",
+    "EvaluatorError",
+    "EvomergeError",
+    "HarnessTask",
+    "Item",
+    "LowRank",
+    "Method",
+    "Outcome",
+    "Param",
+    "Question",
+    "Questionnaire",
+    "Recipe",
+    "Scored",
+    "Searcher",
+    "Space",
+    "Target",
+    "TaskSpec",
+    "TensorInfo",
+    "Told",
+    "UserError",
+    "__version__",
+    "generate",
+    "harness_tasks",
+    "loglikelihoods",
+    "merge_state_dicts",
+]
 
 
 def __getattr__(name: str) -> Any:

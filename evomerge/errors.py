@@ -1,15 +1,15 @@
 """The errors of evomerge, one tree.
 
-    EvomergeError
-    |-- UserError            the user's input is wrong: printed without a traceback, exit code 2
-    |   |-- SpecError        an experiment file, space or recipe
-    |   |-- CheckpointError  a base, an expert or an output folder
-    |   |-- MethodError      a merge method or its parameters
-    |   |-- EvaluatorError   an evaluator file, a task, items and splits
-    |   |-- StudyError       a store, a study, its lock, drift
-    |   `-- ResourceError    GPUs, memory or workers that are not there
-    |-- CandidateError       one candidate could not be evaluated: its trial fails, the search goes on
-    `-- Interrupted          stopped by the user or the scheduler; resumable, exit code 130
+EvomergeError
+|-- UserError            the user's input is wrong: printed without a traceback, exit code 2
+|   |-- SpecError        an experiment file, space or recipe
+|   |-- CheckpointError  a base, an expert or an output folder
+|   |-- MethodError      a merge method or its parameters
+|   |-- EvaluatorError   an evaluator file, a task, items and splits
+|   |-- StudyError       a store, a study, its lock, drift
+|   `-- ResourceError    GPUs, memory or workers that are not there
+|-- CandidateError       one candidate could not be evaluated: its trial fails, the search goes on
+`-- Interrupted          stopped by the user or the scheduler; resumable, exit code 130
 """
 
 from __future__ import annotations

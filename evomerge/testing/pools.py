@@ -239,9 +239,7 @@ class PoolContract:
             ("memory", "memory", "allocate"),
         ],
     )
-    def test_a_failed_evaluation_says_why_and_the_next_one_works(  # noqa: PLR0917
-        self, pool, spec, works, item, kind, reason
-    ):
+    def test_a_failed_evaluation_says_why_and_the_next_one_works(self, pool, spec, works, item, kind, reason):
         pool.submit(make_job(spec, 1, "alpha", item))
         (result,) = collect(pool, 1)
         assert result.outcomes is None and result.failure is not None
