@@ -191,7 +191,7 @@ class RayPool:
         if self.address is None:
             check_resources(self.count, cpus=self.cpus, gpus=self.gpus)
         try:
-            with _signals_kept():
+            with _signals_kept(block=self.address is None):
                 for name, value in RAY_SETTINGS.items():
                     os.environ.setdefault(name, value)
                 import ray
@@ -213,8 +213,9 @@ class RayPool:
         self._started_ray = True
         if self.address is not None:
             try:
+                _knock(self.address)
                 ray.init(address=self.address, **quiet)
-            except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and plain Exception here
+            except Exception as error:  # Ray raises all kinds here
                 raise ResourceError(
                     f"no Ray cluster answers at {self.address}: {one_line(str(error))}",
                     where="workers.address",
@@ -390,7 +391,7 @@ class RayPool:
 
         self._started_ray = False
         ours, self._processes = [*self._processes, *descendants], []
-        with _signals_kept():
+        with _signals_kept(block=False):
             ray.shutdown()
         # A worker that is stuck in C code, and what an evaluator has started, outlive Ray's own shutdown.
         _, alive = psutil.wait_procs(ours, timeout=1)
@@ -398,6 +399,13 @@ class RayPool:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
+
+
+def _knock(address: str) -> None:
+    """OSError if nobody listens at ``host:port``, which Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].partition("?")[0].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -418,17 +426,17 @@ def _cause(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
+def _signals_kept(*, block: bool) -> Iterator[None]:
     """Keep stop signals the driver's affair while Ray starts or ends.
 
-    They are blocked meanwhile, as the processes that Ray starts inherit that: a terminal's Ctrl-C, or a scheduler's
-    SIGTERM to the whole process group, would otherwise end the node under a driver that wants to finish first. The
-    driver's own handlers are restored, because ray.init puts one for SIGTERM in their place.
+    The driver's own handlers are restored, because ray.init puts one for SIGTERM in their place. With ``block`` the
+    signals are blocked meanwhile, as the processes that Ray starts inherit that: a terminal's Ctrl-C, or a scheduler's
+    SIGTERM to the whole process group, would otherwise end the node under a driver that wants to finish first.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if block else ())
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield

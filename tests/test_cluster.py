@@ -263,7 +263,9 @@ def test_a_cluster_is_left_running_and_what_it_can_never_hold_is_refused_at_once
     again.close()
 
 
-@pytest.mark.slow
-def test_an_address_where_no_cluster_answers_is_refused(spec):
-    with pytest.raises(ResourceError, match="no Ray cluster answers"):
-        RayPool(1, "127.0.0.1:1").start(spec)
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_an_address_where_no_cluster_answers_is_refused_at_once(spec, address):
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=f"no Ray cluster answers at {address}"):
+        RayPool(1, address).start(spec)
+    assert time.monotonic() - began < 30
