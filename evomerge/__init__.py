@@ -7,6 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# pyright: reportUnsupportedDunderAll=false
 # name -> module. Imported on first use, so that `import evomerge` stays instant and needs no torch.
 _PUBLIC = {
     "Evaluator": "evomerge.evaluation",

@@ -58,7 +58,7 @@ def save_model(folder: Path, config, *, seed: int, dtype: torch.dtype = torch.bf
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.15)
-    model.to(dtype).save_pretrained(folder, **save)
+    model.to(dtype).save_pretrained(str(folder), **save)
     tokenizer().save_pretrained(folder)
     return Path(folder)
 
