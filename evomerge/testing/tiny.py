@@ -90,7 +90,7 @@ def save_lora_expert(base: Path, folder: Path, *, seed: int, rank: int = 4, size
         for name, parameter in peft_model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(str(folder))
     return Path(folder)
 
 
