@@ -112,19 +112,22 @@ class TestRayPool(KillablePoolContract):
         collect(pool, 1)
         assert wait_until_gone([child]) == []
 
-    def test_one_lost_worker_does_not_hold_up_the_other(self, pool, spec, works):
-        pid = self.submit_and_wait_for_pid(pool, spec, "wait")
-        pool.submit(make_job(spec, 0))
-        (good,) = collect(pool, 1)
-        assert good.failure is None
-        os.kill(pid, signal.SIGKILL)
-        pool.submit(make_job(spec, 0))
-        results = collect(pool, 2)
-        assert [r.failure and r.failure.kind for r in results] == [None, "lost"]
-        works()
+    def test_one_lost_worker_does_not_hold_up_the_other(self, spec):
+        pool = self.make_pool(None)
+        pool.start(spec)
+        try:
+            pid = self.submit_and_wait_for_pid(pool, spec, "wait")
+            pool.submit(make_job(spec, 0))
+            (good,) = collect(pool, 1)
+            assert good.failure is None
+            os.kill(pid, signal.SIGKILL)
+            pool.submit(make_job(spec, 0))
+            results = collect(pool, 2)
+            assert [r.failure and r.failure.kind for r in results] == [None, "lost"]
+        finally:
+            pool.close()
 
     def test_every_worker_killed_at_once(self, pool, spec, works):
-        names = set()
         for n in range(4):
             pool.submit(make_job(spec, n))
         names = {r.worker for r in collect(pool, 4)}
