@@ -43,7 +43,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 install: $(VENV)/.installed  ## a virtual environment with evomerge, in .venv
 install-dev: $(VENV)/.installed-dev  ## the same with what tests and lint need
 
-demo: $(VENV)/.installed  ## search merges of a real 135M-parameter language model (at most 12 minutes on 2 cores)
+demo: $(VENV)/.installed  ## search merges of a real 135M-parameter language model 
 	@$(BIN)/python experiments/smollm2_skills/demo.py
 
 experts: $(VENV)/.installed  ## train the experts of experiments/smollm2_skills again
