@@ -219,7 +219,8 @@ class RayPool:
                 raise ResourceError(
                     f"no Ray cluster answers at {self.address}: {one_line(str(error))}",
                     where="workers.address",
-                    remedy="Start one with `ray start --head`, or leave the address out to run on this machine.",
+                    remedy="Start one with `ray start --head`, or leave the address out to run on this machine. If the "
+                    "cluster asks for a token, set RAY_AUTH_MODE=token.",
                 ) from error
             return
         before = psutil.Process().children()
