@@ -212,6 +212,8 @@ def evaluate(
 
     plan = build_plan(load_spec(experiment), Progress(), workers=1)
     store = open_study(str(experiment), storage) if compare else None
+    if store is not None:
+        rescoring.check_comparable(plan, store)
     scores = rescoring.score_target(target, plan, split)
     comparison = rescoring.compare(scores, store) if store else None
     if format == "json":

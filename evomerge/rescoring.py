@@ -12,7 +12,7 @@ from evomerge.errors import CandidateError, EvaluatorError, SpecError, StudyErro
 from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
 from evomerge.exporting import RECIPE_FILE
 from evomerge.merging import Merger, load_resident, open_sources
-from evomerge.planning import Plan
+from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
 from evomerge.store import Store
 from evomerge.worker import settle
@@ -94,6 +94,17 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
     items = tuple(item for item in plan.items if item.split == split)
     scores = task_scores(plan.evaluator, items, outcomes)
     return Scores(split, items, tuple(outcomes), scores, objective(spec.objective, plan.tasks, scores), recipe)
+
+
+def check_comparable(plan: Plan, store: Store) -> None:
+    """StudyError, with a list, if the study was made with other items, batches, threads or sources than ``plan``."""
+    changes = drift(store.record["fingerprint"], plan.fingerprint)
+    if changes:
+        listed = "\n".join(f"    {change}" for change in changes)
+        raise StudyError(
+            f"the experiment is not the one that study {store.name!r} was made from, so scores cannot be compared:\n{listed}",
+            remedy="Use the experiment file of the study, or leave --compare out.",
+        )
 
 
 def compare(scores: Scores, store: Store) -> Comparison:
