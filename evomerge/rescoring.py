@@ -102,7 +102,7 @@ def check_comparable(plan: Plan, store: Store) -> None:
     if changes:
         listed = "\n".join(f"    {change}" for change in changes)
         raise StudyError(
-            f"the experiment is not the one that study {store.name!r} was made from; scores cannot be compared:\n{listed}",
+            f"study {store.name!r} was made from another experiment; scores cannot be compared:\n{listed}",
             remedy="Use the experiment file of the study, or leave --compare out.",
         )
 
