@@ -8,7 +8,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint, Sources, check_tokenizers, content_hash, open_checkpoint, open_expert
@@ -20,7 +20,7 @@ from evomerge.recipe import Group, Recipe, Source
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_file
 
-# Changing one of these changes what a study's stored numbers mean, so a resume refuses it.
+# Recorded with a study: another version may change scores in their last bits, so a resume says so (and goes on).
 LIBRARIES = ("torch", "transformers", "lm-eval", "cma", "optuna", "numpy", "evomerge")
 
 
@@ -158,8 +158,6 @@ def resolve_evaluator(spec: Spec) -> str:
 
 def hash_sources(recipe: Recipe, progress: Progress) -> Recipe:
     """``recipe`` with the content hash of every source; reads each file once, unless a cached hash still holds."""
-    from dataclasses import replace
-
     def hashed(source: Source) -> Source:
         with progress.stage(f"checking {source.name}", 1, unit="B") as stage:
 
