@@ -158,6 +158,7 @@ def resolve_evaluator(spec: Spec) -> str:
 
 def hash_sources(recipe: Recipe, progress: Progress) -> Recipe:
     """``recipe`` with the content hash of every source; reads each file once, unless a cached hash still holds."""
+
     def hashed(source: Source) -> Source:
         with progress.stage(f"checking {source.name}", 1, unit="B") as stage:
 
