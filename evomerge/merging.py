@@ -204,16 +204,18 @@ class Merger:
         info = sources.info(name)
         weights, params = plan.numbers(info)
         call = {"weights": weights, "state": plan.state, "seed": plan.recipe.seed}
-        if not method.factors and method.chunked_with(plan.state, **params):
+        factors = method.factors and sources.low_rank(name)
+        if not factors and method.chunked_with(plan.state, **params):
             # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
             skip = [weight == 0 and method.is_linear(**params) for weight in weights]
             for part, base, experts in sources.chunks(name, device=self.device, skip=skip):
                 yield method.merge(base, experts, info=part, **call, **params).reshape(-1).to(plan.dtype)
             return
-        _, base, experts = sources.load(name, factors=method.factors)
+        _, base, experts = sources.load(name, factors=factors)
         base, experts = _on_device(self.device, base, experts)
-        for _, piece in merge_chunks(method, base, experts, info=info, params=params, **call):
-            yield piece.to(plan.dtype)
+        for _, whole in merge_chunks(method, base, experts, info=info, params=params, **call):
+            for start, stop in grid(whole.numel()):  # a piece may be the whole tensor
+                yield whole[start:stop].to(plan.dtype)
 
     def _write(self, plan: _Plan, name: str, view: Tensor) -> None:
         """Merge one tensor into its part of a parameter."""

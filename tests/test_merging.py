@@ -428,7 +428,7 @@ def test_streaming_needs_little_memory(large: Path, tmp_path: Path):
     """At most (T + 3) times the largest tensor in the arithmetic dtype, above idle, in anonymous memory."""
     largest = 512 * 8192 * 4
     recipes = {}
-    for method in METHODS.keys() - {"random_vectors"}:  # a control whose noise needs the whole tensor several times
+    for method in METHODS:
         recipe = recipe_of(large, method, (0.3, 0.4, 0.5))
         if method == "slerp":
             recipe = replace(recipe, experts=recipe.experts[1:], groups=(Group((0.4, 0.6)),))
@@ -441,4 +441,4 @@ def test_streaming_needs_little_memory(large: Path, tmp_path: Path):
     peaks = {method: int(peak) for method, peak in map(str.split, done.stdout.splitlines())}
     assert peaks.keys() == recipes.keys()
     for method, peak in peaks.items():
-        assert peak <= (len(recipes[method].experts) + 3) * largest, method
+        assert peak <= (len(recipes[method].experts) + 3) * largest, (method, peak / largest)

@@ -558,7 +558,7 @@ def _search_and_report(url: str, until: int, report: int) -> None:
 
 
 def test_killed_at_random_moments_nothing_that_returned_is_lost(tmp_path):
-    path, rng, until = str(tmp_path / "evomerge.db"), random.Random(0), 12
+    path, rng, until = str(tmp_path / "evomerge.db"), random.Random(0), 60
     Store.create(path, "s", RECORD, items=ITEMS).close()
     kills = 0
     for _ in range(60):
@@ -568,7 +568,7 @@ def test_killed_at_random_moments_nothing_that_returned_is_lost(tmp_path):
         os.close(write)
         with os.fdopen(read) as pipe:
             said = list(itertools.islice(pipe, rng.randint(0, 5)))
-            time.sleep(rng.uniform(0, 0.15))  # about a trial
+            time.sleep(rng.uniform(0, 0.01))  # into the midst of the next write
             child.kill()
             said += list(pipe)
         child.join()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.base import Method, SourceIterable, State, TensorInfo, check_params
+from evomerge.methods.base import LowRank, Method, SourceIterable, State, TensorInfo, check_params
 from evomerge.params import Param
 
 ANY_WEIGHT = Param(float, 1.0, "what multiplies this expert's task vector; any sign, 0 leaves the expert out")
@@ -47,7 +47,11 @@ class MethodDefaults:
 
 
 def check_call(
-    method: Method, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float], params: Mapping[str, Any]
+    method: Method,
+    base: Tensor | None,
+    experts: Sequence[Tensor | LowRank],
+    weights: Sequence[float],
+    params: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All parameters of ``method`` with defaults; MethodError if base, experts, weights or parameters break a rule."""
     check_experts(method, base is not None, len(experts))
@@ -113,3 +117,19 @@ def add_to_base(base: Tensor, tau: Tensor | None, dtype: torch.dtype, *, scale: 
     if tau is None or scale == 0:
         return base.to(dtype, copy=True)
     return (tau if scale == 1 else tau.mul_(scale)).add_(base)
+
+
+def add_low_rank(total: Tensor, vectors: Sequence[tuple[float, LowRank]]) -> Tensor:
+    """``total`` + sum w scaling B A over (w, LowRank), in place and in one product of the factors side by side.
+
+    Args:
+        total: (out, in), fresh memory in the arithmetic dtype.
+        vectors: as many as wanted; those of weight zero leave no trace.
+    """
+    chosen = [(weight * factors.scaling, factors) for weight, factors in vectors if weight != 0]
+    if chosen:
+        # Copies, because a product's last bits may depend on the alignment of what it reads.
+        B = torch.cat([factors.B.to(total.dtype, copy=True).mul_(weight) for weight, factors in chosen], dim=1)
+        A = torch.cat([factors.A.to(total.dtype) for _, factors in chosen])
+        total.addmm_(B, A)
+    return total

@@ -33,11 +33,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A LoRA expert's task vector in factors: tau = scaling * B @ A, B: (out, rank), A: (rank, in)."""
+    """A LoRA expert's task vector in factors: tau = scaling * B @ A, B: (out, rank), A: (rank, in).
+
+    A slice of it is a range of whole rows.
+    """
 
     B: Tensor
     A: Tensor
     scaling: float
+
+    def rows(self, first: int, last: int) -> LowRank:
+        """The rows [first, last) of tau: the same A, fewer rows of B."""
+        return LowRank(self.B[first:last], self.A, self.scaling)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """tau: (out, in), multiplied in ``dtype`` and never rounded to the base's dtype."""
@@ -45,7 +52,7 @@ class LowRank:
 
 
 State = Any
-SourceIterable = Iterable[tuple[TensorInfo, Tensor | None, Sequence[Tensor]]]
+SourceIterable = Iterable[tuple[TensorInfo, Tensor | None, Sequence[Any]]]  # experts as merge receives them
 
 
 class Method(Protocol):
@@ -59,7 +66,8 @@ class Method(Protocol):
         reference: paper, section and equation.
         needs_base: False if the method works without a base.
         num_experts: how many experts it takes, as (fewest, most or None).
-        factors: takes LoRA experts as LowRank; the others receive them dense.
+        factors: takes LoRA experts as LowRank; the others receive them dense. Its slices of a tensor that has such
+            experts are whole rows.
         chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set), where ``chunked_with``
             agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
@@ -99,7 +107,7 @@ class Method(Protocol):
     def merge(
         self,
         base: Tensor | None,
-        experts: Sequence[Tensor],
+        experts: Sequence[Any],
         *,
         weights: Sequence[float],
         info: TensorInfo,
@@ -109,7 +117,8 @@ class Method(Protocol):
     ) -> Tensor:
         """The merged tensor (or slice) in the arithmetic dtype: the wider of float32 and the storage dtype.
 
-        An expert that *is* the ``base`` object has no task vector here. Rounding to export_dtype is the caller's.
+        Experts are tensors, or LowRank too for a method that takes ``factors``. One that *is* the ``base`` object has
+        no task vector here. Rounding to export_dtype is the caller's.
         """
         ...
 

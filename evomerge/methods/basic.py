@@ -14,12 +14,13 @@ from evomerge.methods.arithmetic import (
     SCALE,
     TASK_WEIGHT,
     MethodDefaults,
+    add_low_rank,
     add_to_base,
     check_call,
     task_vectors,
     weighted_sum,
 )
-from evomerge.methods.base import State, TensorInfo, arithmetic_dtype
+from evomerge.methods.base import LowRank, State, TensorInfo, arithmetic_dtype
 from evomerge.params import Param
 
 
@@ -88,6 +89,7 @@ class TaskArithmetic(MethodDefaults):
     reference = "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089, section 2"
     params: Mapping[str, Param] = MappingProxyType({"scale": SCALE})
     weight = TASK_WEIGHT
+    factors = True
 
     def is_linear(self, **params: Any) -> bool:
         return True
@@ -95,7 +97,7 @@ class TaskArithmetic(MethodDefaults):
     def merge(
         self,
         base: Tensor | None,
-        experts: Sequence[Tensor],
+        experts: Sequence[Tensor | LowRank],
         *,
         weights: Sequence[float],
         info: TensorInfo,
@@ -103,9 +105,12 @@ class TaskArithmetic(MethodDefaults):
         seed: int = 0,
         **params: Any,
     ) -> Tensor:
+        """A LowRank expert is its task vector itself: its B A is added without being made."""
         scale = check_call(self, base, experts, weights, params)["scale"]
         assert base is not None
-        dtype = arithmetic_dtype(base, *experts)
-        scaled = [scale * weight for weight in weights]
-        tau = weighted_sum((weight, vector) for _, weight, vector in task_vectors(base, experts, scaled, dtype))
-        return add_to_base(base, tau, dtype)
+        scaled = [(scale * weight, expert) for weight, expert in zip(weights, experts, strict=True)]
+        dense = [(weight, expert) for weight, expert in scaled if isinstance(expert, Tensor)]
+        dtype = arithmetic_dtype(base, *(expert for _, expert in dense))
+        vectors = task_vectors(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype)
+        merged = add_to_base(base, weighted_sum((weight, vector) for _, weight, vector in vectors), dtype)
+        return add_low_rank(merged, [(weight, expert) for weight, expert in scaled if isinstance(expert, LowRank)])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.methods.base import Method, State, TensorInfo
+from evomerge.methods.base import LowRank, Method, State, TensorInfo
 from evomerge.methods.random import BLOCK
 
 CHUNK = 2 * BLOCK  # entries a piece: 512 KiB of float32, so that a few of them fit into a core's cache
@@ -17,7 +17,7 @@ CHUNK = 2 * BLOCK  # entries a piece: 512 KiB of float32, so that a few of them 
 def merge_chunks(
     method: Method,
     base: Tensor | None,
-    experts: Sequence[Tensor],
+    experts: Sequence[Tensor | LowRank],
     *,
     weights: Sequence[float],
     info: TensorInfo,
@@ -27,13 +27,14 @@ def merge_chunks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (start, piece): the merged tensor as flat pieces in row-major order, in the arithmetic dtype.
 
-    The grid is a function of the tensor's shape alone. Where ``state`` does not hold what ``params`` ask for (a
-    density that varies from candidate to candidate), it is computed from this tensor first; where slices cannot do at
-    all, the one piece is the whole tensor.
+    The grid is a function of the tensor's shape alone (and goes by whole rows where experts are low-rank).
+    Where ``state`` does not hold what ``params`` ask for (a density that varies from candidate to candidate), it is
+    computed from this tensor first; where slices cannot do at all, the one piece is the whole tensor.
 
     Args:
         base: theta_0, or None for methods that need none. Any shape and strides.
-        experts: T tensors of the base's shape; one that *is* ``base`` has no task vector here.
+        experts: T tensors of the base's shape, or LowRank for a method that takes ``factors``; one that *is* ``base``
+            has no task vector here.
         info: ``shape`` is the tensor's.
         params: all parameters of the method, as ``check_params`` returns them.
 
@@ -42,14 +43,13 @@ def merge_chunks(
     """
     if not method.chunked_with(state, **params):
         state = method.prepare([(info, base, experts)], **params)
-    tensors = [*experts] if base is None else [base, *experts]
     if not method.chunked_with(state, **params):
         merged = method.merge(base, experts, weights=weights, info=info, state=state, seed=seed, **params)
         yield 0, merged.reshape(-1)
         return
-    flat = {id(tensor): tensor.reshape(-1) for tensor in tensors}  # by identity: an expert that is the base stays it
-    for start in range(0, tensors[0].numel(), CHUNK):
-        part = {key: tensor[start : start + CHUNK] for key, tensor in flat.items()}
+    # By identity: an expert that is the base stays it.
+    distinct = {id(tensor): tensor for tensor in ([*experts] if base is None else [base, *experts])}
+    for start, part in _row_parts(distinct) if _has_factors(experts) else _flat_parts(distinct):
         piece = method.merge(
             None if base is None else part[id(base)],
             [part[id(expert)] for expert in experts],
@@ -59,4 +59,27 @@ def merge_chunks(
             seed=seed,
             **params,
         )
-        yield start, piece
+        yield start, piece.reshape(-1)
+
+
+def _has_factors(experts: Sequence[Tensor | LowRank]) -> bool:
+    return any(isinstance(expert, LowRank) for expert in experts)
+
+
+def _flat_parts(tensors: Mapping[int, Any]) -> Iterator[tuple[int, dict[int, Any]]]:
+    """(start, parts): the same slice of every tensor."""
+    flat = {key: tensor.reshape(-1) for key, tensor in tensors.items()}
+    for start in range(0, max(tensor.numel() for tensor in flat.values()), CHUNK):
+        yield start, {key: tensor[start : start + CHUNK] for key, tensor in flat.items()}
+
+
+def _row_parts(tensors: Mapping[int, Any]) -> Iterator[tuple[int, dict[int, Any]]]:
+    """(start, parts): the same rows of every matrix, dense or low-rank."""
+    rows, columns = next((len(t.B), t.A.shape[1]) for t in tensors.values() if isinstance(t, LowRank))
+    step = max(1, CHUNK // columns)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield (
+            first * columns,
+            {key: t.rows(first, last) if isinstance(t, LowRank) else t[first:last] for key, t in tensors.items()},
+        )

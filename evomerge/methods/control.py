@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
@@ -14,14 +15,11 @@ from evomerge.methods.arithmetic import (
     SCALE,
     TASK_WEIGHT,
     MethodDefaults,
-    add_to_base,
     check_call,
     is_slice,
-    task_vectors,
-    weighted_sum,
 )
 from evomerge.methods.base import State, TensorInfo, arithmetic_dtype
-from evomerge.methods.random import normal
+from evomerge.methods.random import BLOCK, normal
 from evomerge.params import Param
 
 
@@ -57,11 +55,22 @@ class RandomVectors(MethodDefaults):
             raise MethodError(f"method random_vectors got a slice of {info.name}, but norms need the whole tensor")
         dtype = arithmetic_dtype(base, *experts)
 
-        def noise() -> Iterator[tuple[float, Tensor]]:
-            for t, weight, tau in task_vectors(base, experts, [scale * weight for weight in weights], dtype):
-                norm = float(torch.linalg.vector_norm(tau, dtype=torch.float64))
-                if norm > 0:
-                    drawn = normal(seed, info.name, t, 0, tau.numel()).view(tau.shape).to(tau)
-                    yield weight * norm / float(torch.linalg.vector_norm(drawn, dtype=torch.float64)), drawn
+        theta_0 = base.reshape(-1)
+        noise = theta_0.new_empty(theta_0.shape, dtype=dtype)  # of one expert at a time
+        total = theta_0.to(dtype, copy=True)
+        for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+            if expert is base or weight == 0:
+                continue
+            theta, tau_squares, noise_squares = expert.reshape(-1), 0.0, 0.0
+            for start in range(0, theta.numel(), BLOCK):  # the norms block by block: nothing else is tensor-sized
+                part = slice(start, start + BLOCK)
+                tau_squares += _squares(theta[part].to(dtype) - theta_0[part].to(dtype))
+                noise[part] = normal(seed, info.name, t, start, noise[part].numel())
+                noise_squares += _squares(noise[part])
+            if tau_squares > 0:
+                total.add_(noise, alpha=scale * weight * math.sqrt(tau_squares / noise_squares))
+        return total.view(base.shape)
 
-        return add_to_base(base, weighted_sum(noise()), dtype)
+
+def _squares(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2

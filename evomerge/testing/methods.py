@@ -8,6 +8,7 @@ and pytest runs it. ``settings`` lists the parameter sets that are tried besides
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.base import Method, TensorInfo, check_params
+from evomerge.methods.base import LowRank, Method, TensorInfo, check_params
 from evomerge.methods.chunks import CHUNK, merge_chunks
 from evomerge.methods.random import BLOCK
 
@@ -74,7 +75,6 @@ class MethodContract:
         for name, param in {**method.params, "weight": method.weight}.items():
             assert param.meaning, name
             assert param.check(name, param.default, method.name) == param.default
-        assert not method.factors  # factors come with the first method that takes them
 
     # -- numbers
 
@@ -194,10 +194,43 @@ class MethodContract:
                     at += piece.numel()
                 assert at == whole.numel()
 
+    # -- low-rank experts
+
+    @pytest.mark.parametrize("shape", [(40, 50), (3, CHUNK), (2, CHUNK + 100), (CHUNK, 2)], ids=str)
+    def test_factors_are_the_task_vector_they_multiply_to(self, shape: tuple[int, int]) -> None:
+        """Beside a dense expert, one that is the base and one of weight zero, whole and in pieces."""
+        if not self.method.factors:
+            pytest.skip("takes dense experts only")
+        base, (tuned, *_) = make_tensors(shape, 1, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        low_rank = [
+            LowRank(
+                torch.randn(shape[0], rank, generator=generator, dtype=torch.float64),
+                torch.randn(rank, shape[1], generator=generator, dtype=torch.float64),
+                scaling,
+            )
+            for rank, scaling in ((2, 2.0), (1, 0.25), (3, 1.0))
+        ]
+        experts = [low_rank[0], tuned, base, *low_rank[1:]]
+        dense = [base + e.scaling * e.B @ e.A if isinstance(e, LowRank) else e for e in experts]
+        options: dict[str, Any] = {"weights": [0.3, -0.4, 1.0, 0.7, 0.0], "info": TensorInfo("w", shape=shape)}
+        for params in self.all_settings():
+            expected = self.method.merge(base, dense, **options, **params)
+            merged = self.method.merge(base, experts, **options, **params)
+            torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+            pieces = list(merge_chunks(self.method, base, experts, **options, params=params))
+            starts = [0, *itertools.accumulate(piece.numel() for _, piece in pieces)]
+            assert [start for start, _ in pieces] == starts[:-1]
+            assert all(piece.numel() <= max(CHUNK, shape[1]) for _, piece in pieces)
+            flat = torch.cat([piece for _, piece in pieces])
+            torch.testing.assert_close(flat, expected.reshape(-1), rtol=1e-12, atol=1e-12)
+            without = [base if expert is low_rank[-1] else expert for expert in experts]
+            assert torch.equal(self.method.merge(base, without, **options, **params), merged)
+
     # -- identities
 
     def test_zero_weights_give_the_base(self) -> None:
-        """DESIGN's truth 1 for methods of the form base + sum w f(tau): to the bit, -0.0 included."""
+        """For methods of the form base + sum w f(tau): to the bit, -0.0 included."""
         if not self.zero_weights_give_base:
             pytest.skip("not of the form base + sum w f(tau)")
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
