@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== installing what tests and lint need into $(VENV) (once)"
-	$(PIP) -e '.[demo,postgres,dev]'
+	$(PIP) -e '.[demo,postgres,dashboard,dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## a virtual environment with evomerge, in .venv

@@ -309,7 +309,7 @@ class Sources:
         """True if an expert may differ from the base here: it is dense, or an adapter that has this name."""
         return self.is_float(name) and any(name in expert for expert in self.experts)
 
-    def low_rank(self, name: str) -> bool:
+    def has_factors(self, name: str) -> bool:
         """True if an expert comes as LowRank here when ``load`` is asked for factors."""
         return any(not isinstance(e, Checkpoint) and e.low_rank(name) and e.full(name) is None for e in self.experts)
 

@@ -164,6 +164,9 @@ def export(
     study: StudyArgument,
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
     trial: Annotated[str, typer.Option("--trial", help="A trial's number, best, or a control's name.")] = "best",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; by default the study's, for its very numbers.")
+    ] = None,
     storage: Storage = None,
 ) -> None:
     """Write a merge as a checkpoint. A Hugging Face folder, with its recipe and a model card."""
@@ -172,7 +175,8 @@ def export(
 
     store = open_study(study, storage)
     subject, recipe = resolve_subject(store, trial)
-    _export(recipe, out, card_of(store, subject), store.record["worker"]["threads"])
+    worker = store.record["worker"]
+    _export(recipe, out, card_of(store, subject), worker["threads"], device or worker["device"])
 
 
 @app.command(epilog=_example("evomerge merge recipe.yaml --out merged"))
@@ -180,11 +184,12 @@ def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")],
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option("--device", help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """One merge, without a search."""
     from evomerge.recipe import Recipe
 
-    _export(Recipe.load(recipe), out, None, threads)
+    _export(Recipe.load(recipe), out, None, threads, device)
 
 
 @app.command(epilog=_example("evomerge evaluate merged experiment.yaml --split test --compare"))
@@ -300,9 +305,10 @@ def _run(spec: Any, options: Any, typed: str, *, must_exist: bool) -> None:
 
 def _print_leaderboard(store: Any, format: str) -> None:
     from evomerge import leaderboard as board
+    from evomerge.launch import aggregate_of
 
     _choice("--format", format, ("table", "json", "csv", "md"))
-    ranking = board.leaderboard(store)
+    ranking = board.leaderboard(store, aggregate=aggregate_of(store))
     if format == "table":
         board.render_terminal(ranking)
         return
@@ -310,14 +316,15 @@ def _print_leaderboard(store: Any, format: str) -> None:
     print(text, end="" if text.endswith("\n") else "\n")
 
 
-def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int) -> None:
+def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int, device: str) -> None:
+    _choice("--device", device.partition(":")[0], ("cpu", "cuda"))
     from evomerge.exporting import export as write
     from evomerge.merging import verify_sources
     from evomerge.progress import Progress
     from evomerge.worker import settle
 
     progress = Progress()
-    settle(threads=threads)
+    settle(threads=threads, device=device)
     recipe = verify_sources(recipe)
     with progress.stage("writing", 1, unit="B") as stage:
 
@@ -325,7 +332,7 @@ def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int) -
             stage.total = total
             stage.update(done)
 
-        folder = write(recipe, out, card=card, progress=report)
+        folder = write(recipe, out, card=card, progress=report, device=device)
     print(f"wrote {folder}")
 
 

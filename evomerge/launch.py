@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import StudyError, nearest
+from evomerge.errors import StudyError, UserError, nearest
+from evomerge.leaderboard import Aggregate
 from evomerge.planning import Plan, build_plan, drift, refuse_drift
-from evomerge.pools import LocalPool, Pool
+from evomerge.pools import LocalPool, Pool, WorkerSpec
 from evomerge.progress import Progress
 from evomerge.running import Runner, StopSignal
 from evomerge.spec import Spec, load_spec
 from evomerge.store import Store
-from evomerge.study import Study
+from evomerge.study import Study, idle_workers
 
 DEFAULT_STORE = "evomerge.db"
 
@@ -70,10 +71,14 @@ def find_study(study: str, storage: str | None) -> tuple[str, str, Spec | None]:
     return url, study, None
 
 
+def _exists(url: str, name: str) -> bool:
+    return any(summary["name"] == name for summary in Store.names(url))
+
+
 def open_study(study: str, storage: str | None) -> Store:
     """The store of an existing study, for reading."""
     url, name, spec = find_study(study, storage)
-    if spec is not None and name not in [summary["name"] for summary in Store.names(url)]:
+    if spec is not None and not _exists(url, name):
         raise StudyError(
             f"study {name!r} has not been started yet (no such study in {url})",
             remedy=f"Start it with: evomerge run {study}",
@@ -84,6 +89,26 @@ def open_study(study: str, storage: str | None) -> Store:
 def stored_spec(store: Store) -> Spec:
     """The experiment that a study was made from."""
     return Spec.from_dict(store.record["spec"], Path(store.record["folder"]))
+
+
+def aggregate_of(store: Store) -> Aggregate | None:
+    """The evaluator's ``aggregate`` where a task's score is no mean over its items, since intervals then need it.
+
+    None where all scores are means, and where the evaluator that made them is not here: a leaderboard can be read
+    without the models and the data.
+    """
+    record = store.record
+    if all(metric["item_mean"] for metric in record["metrics"].values()):
+        return None
+    from evomerge.worker import make_evaluator
+
+    try:
+        evaluator = make_evaluator(WorkerSpec.from_dict(record["worker"]))
+        now = {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
+    except (UserError, OSError):
+        return None
+    unchanged = all(record["fingerprint"].get(name) == digest for name, digest in now.items())
+    return evaluator.aggregate if unchanged else None
 
 
 def new_budget(text: str | None, current: int) -> int:
@@ -145,7 +170,7 @@ def open_or_create(
 ) -> tuple[Store, int]:
     """The study's store and its budget; refuses a study made from something else."""
     name = plan.spec.name
-    if name not in [summary["name"] for summary in Store.names(url)]:
+    if not _exists(url, name):
         if must_exist:
             raise StudyError(f"there is no study {name!r} in {url}", remedy="Start it with: evomerge run EXPERIMENT")
         budget = new_budget(options.budget, plan.spec.search.budget)
@@ -191,6 +216,9 @@ def run_study(
     plan = build_plan(spec, progress, workers=options.workers, address=options.address)
     _refuse_other_search(plan, url)
     store, budget = open_or_create(plan, url, options, progress, must_exist=must_exist)
+    idle = idle_workers(plan, options.workers or plan.spec.workers.count)
+    if idle:
+        progress.log(f"note: {idle}")
     with store.lock():
         store.clear_stop()
         if budget != store.record["budget"]:
@@ -212,7 +240,7 @@ def run_study(
 def _refuse_other_search(plan: Plan, url: str) -> None:
     """Space, searcher, seed and objective cannot drift, --allow-drift or not: stored trials could not be replayed."""
     name = plan.spec.name
-    if name not in [summary["name"] for summary in Store.names(url)]:
+    if not _exists(url, name):
         return
     stored = Store.open(url, name).record["fingerprint"]
     other = [key for key in ("space", "search", "seed", "objective") if stored.get(key) != plan.fingerprint.get(key)]

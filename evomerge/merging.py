@@ -204,7 +204,7 @@ class Merger:
         info = sources.info(name)
         weights, params = plan.numbers(info)
         call = {"weights": weights, "state": plan.state, "seed": plan.recipe.seed}
-        factors = method.factors and sources.low_rank(name)
+        factors = method.factors and sources.has_factors(name)
         if not factors and method.chunked_with(plan.state, **params):
             # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
             skip = [weight == 0 and method.is_linear(**params) for weight in weights]

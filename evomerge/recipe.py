@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import MethodError, SpecError, nearest
+from evomerge.validation import read_yaml
 
 if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
@@ -127,23 +128,8 @@ class Recipe:
 
         Raises SpecError if it cannot be read, is not a recipe, or breaks a rule.
         """
-        import yaml
-
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            try:
-                data = json.loads(text)  # first, because YAML 1.1 takes JSON's 1e-05 for text
-            except ValueError:
-                data = yaml.safe_load(text)
-        except OSError as error:
-            raise SpecError(f"cannot be read: {error.strerror}", where=str(path), remedy="Check the path.") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise SpecError(
-                f"is not plain YAML: {error}",
-                where=str(path),
-                remedy="A recipe holds numbers, text, lists and tables only.",
-            ) from None
+        data = read_yaml(path, what="a recipe")
         return _Reader(str(path), path.absolute().parent).recipe(data)
 
     def to_yaml(self) -> str:

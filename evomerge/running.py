@@ -25,12 +25,14 @@ DRAIN, DROP = 1, 2
 class StopSignal:
     """How urgently the user (or a scheduler) wants the run to end: 0 not, 1 drain what runs, 2 drop it.
 
-    Ctrl-C and SIGTERM raise it by one each; ``evomerge stop`` raises it to 1 through the store.
+    Ctrl-C and SIGTERM raise it by one each; ``evomerge stop`` raises it to 1 through the store. While ``nothing_runs``
+    there is nothing to wait for: the first signal raises Interrupted.
     """
 
     def __init__(self) -> None:
         self.level = 0
         self.reason = ""
+        self.nothing_runs = False
         self._polled = 0.0
 
     @contextmanager
@@ -43,6 +45,8 @@ class StopSignal:
         def handle(number: int, _frame: object) -> None:
             self.level += 1
             self.reason = signal.Signals(number).name
+            if self.nothing_runs:
+                raise Interrupted(self.reason)
             if self.level == DRAIN:
                 tell("stopping: waiting for the running evaluations (Ctrl-C again drops them)")
             elif self.level == DROP:
@@ -127,7 +131,11 @@ class Runner:
             began = time.monotonic()
             pool = self._make_pool()
             self._pool = pool
-            pool.start(self.plan.worker)
+            self.stop.nothing_runs = True
+            try:
+                pool.start(self.plan.worker)
+            finally:
+                self.stop.nothing_runs = False
             self.progress.log(f"workers are ready after {time.monotonic() - began:.0f} s")
         return self._pool
 

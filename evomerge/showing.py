@@ -16,7 +16,7 @@ from evomerge.progress import clock, size
 from evomerge.recipe import Recipe
 from evomerge.spec import Spec
 from evomerge.store import Evaluation, Store
-from evomerge.study import opening_controls, sweep_values
+from evomerge.study import idle_workers, opening_controls, sweep_values
 
 # A run ends with exit code 3 when more than this share of its trials failed, or when a control did.
 FAILED_SHARE = 0.1
@@ -138,6 +138,7 @@ def describe_plan(plan: Plan, options: Options) -> str:
         f"evaluations  {budget} trials + {controls + sweep} controls on search, "
         f"then up to {controls + top + 1} on select and {controls + 1} on test: {total} items in all",
         f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
+        *([f"note         {idle}"] if (idle := idle_workers(plan, count)) else []),
         f"memory       about {size(resident)} a worker for the model ({spec.compute_dtype}); sources are memory-mapped",
         f"disk         {size(free)} free; an export takes about {size(base.total_bytes)}",
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",

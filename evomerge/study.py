@@ -44,6 +44,31 @@ def sweep_values(plan: Plan) -> tuple[float, ...]:
     return tuple(plan.spec.evaluate.finish.sweep or SWEEP)
 
 
+def make_searcher(plan: Plan) -> Searcher:
+    search = plan.spec.search
+    return searchers.make(search.method, plan.space, seed=plan.spec.seed, **search.options)
+
+
+def most_at_once(plan: Plan) -> int:
+    """How many candidates the search can have in evaluation together before it must hear of one."""
+    budget = plan.spec.search.budget
+    if plan.spec.search.schedule == "asynchronous":
+        return budget
+    searcher = make_searcher(plan)
+    return next((n for n in range(budget) if searcher.needs(n) > 0), budget)
+
+
+def idle_workers(plan: Plan, count: int) -> str | None:
+    """What to tell a user who asks for more workers than the search keeps busy; None if all have work."""
+    most = most_at_once(plan)
+    if count <= most:
+        return None
+    return (
+        f"{count} workers, but searcher {plan.spec.search.method} has at most {most} candidates in evaluation at a "
+        "time here: the others help with controls and the finish only. `schedule: asynchronous` keeps all busy."
+    )
+
+
 class Study:
     """One experiment being searched: the driver's side.
 
@@ -59,9 +84,7 @@ class Study:
         self.budget = budget
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.asynchronous = plan.spec.search.schedule == "asynchronous"
-        self.searcher: Searcher = searchers.make(
-            plan.spec.search.method, plan.space, seed=plan.spec.seed, **plan.spec.search.options
-        )
+        self.searcher = make_searcher(plan)
         self.trials: list[TrialRecord] = []
         self.told = 0  # reproducible schedule: the first `told` trials have been told
 

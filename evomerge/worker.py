@@ -19,6 +19,7 @@ import torch
 from evomerge.checkpoints import Sources, open_checkpoint, open_expert
 from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, ResourceError, UserError
 from evomerge.evaluation import (
+    Evaluator,
     EvaluatorContext,
     Item,
     Outcome,
@@ -55,8 +56,7 @@ class Worker:
         self.sources = Sources(base, experts)
         self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
 
-        with _evaluators_fault(spec.evaluator, "be made"):
-            self.evaluator = load_evaluator(spec.evaluator, _context(spec))
+        self.evaluator = make_evaluator(spec)
         if self.evaluator.needs != "model":
             raise EvaluatorError(
                 f"the evaluator needs a {self.evaluator.needs}, and only evaluators that need a model can run",
@@ -181,6 +181,12 @@ def _context(spec: WorkerSpec) -> EvaluatorContext:
     )
 
 
+def make_evaluator(spec: WorkerSpec) -> Evaluator:
+    """The study's evaluator, not yet prepared for a model; raises EvaluatorError if its code fails."""
+    with _evaluators_fault(spec.evaluator, "be made"):
+        return load_evaluator(spec.evaluator, _context(spec))
+
+
 def settle(*, threads: int, device: str = "cpu") -> None:
     """Threads, determinism and silence of this process: what a study's numbers rest on, in a worker and elsewhere."""
     torch.set_num_threads(threads)
@@ -193,9 +199,9 @@ def settle(*, threads: int, device: str = "cpu") -> None:
     torch.backends.cudnn.allow_tf32 = False
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ResourceError(
-            f"the worker's device is {device}, but torch sees no GPU here",
-            where="workers.device",
-            remedy="Use device: cpu, or give each worker a GPU with workers.gpus.",
+            f"the device is to be {device}, but torch sees no GPU here",
+            remedy="Use cpu (workers.device, or --device in export and merge), or give each worker a GPU with "
+            "workers.gpus.",
         )
     import transformers
 

@@ -63,6 +63,13 @@ def test_json_is_read_too(tmp_path: Path):
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
+def test_a_small_weight_is_a_number_however_it_is_written(tmp_path: Path):
+    """YAML 1.1 takes 1e-05, as Python and JSON write it, for text."""
+    text = yaml.safe_dump({**SHORT, "weights": "HERE"}).replace("HERE", "[1e-05, 2E-5]")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert Recipe.load(tmp_path / "recipe.yaml").groups[0].weights == (0.00001, 0.00002)
+
+
 @given(weights=st.lists(st.tuples(finite, finite), min_size=1, max_size=4), seed=st.integers(0, 2**63 - 1))
 def test_every_number_survives(weights: list[tuple[float, float]], seed: int):
     """Bit for bit, through YAML."""
@@ -239,7 +246,8 @@ def test_a_mergekit_file_says_so():
 
 
 @pytest.mark.parametrize(
-    "text", ["a: !!python/object/apply:os.system ['echo hi']", "a: [1", "\x00", "!!python/name:os.system"]
+    "text",
+    ["a: !!python/object/apply:os.system ['echo hi']", "a: [1", "\x00", "!!python/name:os.system", "seed: 1\nseed: 2"],
 )
 def test_only_plain_yaml_is_read(tmp_path: Path, text: str):
     (tmp_path / "recipe.yaml").write_text(text)

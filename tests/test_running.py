@@ -23,6 +23,15 @@ def test_each_signal_asks_more_urgently_and_the_third_raises():
     assert len(said) == 2 and "Ctrl-C again" in said[0] and "dropped" in said[1]
 
 
+def test_while_nothing_runs_the_first_signal_raises():
+    stop = StopSignal()
+    with stop.installed(print):
+        stop.nothing_runs = True
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.level == DRAIN
+
+
 def test_the_handlers_of_before_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopSignal().installed(print):

@@ -267,7 +267,6 @@ def test_points_above_64_dimensions_are_one_attribute(sqlite):
 
 
 def test_optuna_maximises_and_its_dashboard_shows_the_study(sqlite):
-    pytest.importorskip("optuna_dashboard")
     from optuna_dashboard import wsgi
 
     store = Store.create(sqlite, "s", RECORD)

@@ -10,11 +10,12 @@ import pytest
 
 from evomerge.errors import Interrupted
 from evomerge.launch import Options, run_study, sqlite_url
+from evomerge.planning import build_plan
 from evomerge.pools import Failure, Job, Result, WorkerSpec
 from evomerge.progress import Progress
 from evomerge.spec import load_spec
 from evomerge.store import Store
-from evomerge.study import NothingCompleted
+from evomerge.study import NothingCompleted, idle_workers
 from evomerge.worker import Worker
 
 # Looks at the merged weights only: real merges, and hundreds of evaluations a second.
@@ -127,6 +128,21 @@ def test_the_reproducible_schedule_gives_one_study_whatever_the_workers_and_the_
     assert len(alone.trials()) == BUDGET
     assert trajectory(shuffled) == trajectory(alone)
     assert scores(shuffled) == scores(alone)
+
+
+@pytest.mark.parametrize(
+    ("search", "most"),
+    [
+        ({"method": "cma", "population": 6}, 6),
+        ({"method": "tpe", "window": 3}, 3),
+        ({"method": "random"}, BUDGET),
+        ({"method": "cma", "schedule": "asynchronous"}, BUDGET),
+    ],
+)
+def test_workers_that_the_search_cannot_keep_busy_are_told_of(write, search, most):
+    plan = build_plan(load_spec(write(search=search)), Progress(quiet=True))
+    assert idle_workers(plan, most) is None
+    assert f"at most {most} candidates" in idle_workers(plan, most + 1)
 
 
 class Crash(BaseException):

@@ -46,13 +46,9 @@ class LowRank:
         """The rows [first, last) of tau: the same A, fewer rows of B."""
         return LowRank(self.B[first:last], self.A, self.scaling)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """tau: (out, in), multiplied in ``dtype`` and never rounded to the base's dtype."""
-        return (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scaling)
-
 
 State = Any
-SourceIterable = Iterable[tuple[TensorInfo, Tensor | None, Sequence[Any]]]  # experts as merge receives them
+SourceIterable = Iterable[tuple[TensorInfo, Tensor | None, Sequence[Any]]]  # info, base, experts (LoRA ones dense)
 
 
 class Method(Protocol):
