@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import Interrupted
-from evomerge.launch import Options, run_study, sqlite_url
+from evomerge.launch import Options, aggregate_of, run_study, sqlite_url
+from evomerge.leaderboard import leaderboard
 from evomerge.planning import build_plan
 from evomerge.pools import Failure, Job, Result, WorkerSpec
 from evomerge.progress import Progress
@@ -33,6 +34,23 @@ def score(model, tokenizer, items):
         weight = layer.self_attn.q_proj.weight if task == "one" else layer.mlp.up_proj.weight
         scores.append(-float((weight[int(number)].double() * 1000).sum().abs() + weight.double().pow(2).sum()))
     return scores
+"""
+
+# The same items, but a task is worth its worst one.
+WORST = f"""{EVALUATOR}
+
+from types import SimpleNamespace
+from evomerge.evaluation import FunctionEvaluator
+
+class Worst(FunctionEvaluator):
+    def __init__(self, context):
+        super().__init__(context, SimpleNamespace(**globals()), "score")
+
+    def aggregate(self, task, outcomes):
+        return min(outcome.values["score"] for outcome in outcomes)
+
+    def is_item_mean(self, task):
+        return False
 """
 
 BUDGET = 14
@@ -143,6 +161,25 @@ def test_workers_that_the_search_cannot_keep_busy_are_told_of(write, search, mos
     plan = build_plan(load_spec(write(search=search)), Progress(quiet=True))
     assert idle_workers(plan, most) is None
     assert f"at most {most} candidates" in idle_workers(plan, most + 1)
+
+
+def test_a_score_that_is_no_mean_gets_its_interval_while_its_evaluator_is_there_unchanged(write):
+    path = write(search={"method": "random", "budget": 2})
+    evaluator = path.parent / "my_eval.py"
+    evaluator.write_text(WORST)
+    path.write_text(path.read_text().replace("my_eval.py@score", "my_eval.py"))
+    store = run(path)
+    aggregate = aggregate_of(store)
+    base = store.evaluation("control:base/select")
+    ones = [o for o in base.outcomes if store.item_tasks()[o.item_id] == "one"]
+    assert aggregate("one", ones) == min(o.values["score"] for o in ones) == base.scores["one"]
+    row = leaderboard(store, aggregate=aggregate).select[0]
+    assert row.score.low <= row.score.value <= row.score.high
+
+    evaluator.write_text(WORST.replace("min(", "max("))
+    assert aggregate_of(store) is None
+    evaluator.unlink()
+    assert aggregate_of(store) is None
 
 
 class Crash(BaseException):

@@ -254,6 +254,21 @@ def test_recipe_with_an_unknown_method(refused: Refuse, lora_family: Path, tmp_p
     assert "ties" in refused("merge", "recipe.yaml", "--out", "merged", cwd=tmp_path).err
 
 
+@pytest.mark.parametrize(
+    ("device", "named"),
+    [
+        ("tpu", "--device"),
+        pytest.param("cuda", "GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)
+def test_merge_on_a_device_that_is_not_there(
+    refused: Refuse, lora_family: Path, tmp_path: Path, device: str, named: str
+):
+    recipe = {"base": str(lora_family / "base"), "experts": {"a": str(lora_family / "expert0")}, "weights": [1.0]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"evomerge_recipe": 1, "method": "task_arithmetic", **recipe}))
+    assert named in refused("merge", "recipe.yaml", "--out", "merged", "--device", device, cwd=tmp_path).err
+
+
 def test_merge_into_a_folder_that_is_not_empty(refused: Refuse, lora_family: Path, tmp_path: Path):
     recipe = {
         "method": "task_arithmetic",
