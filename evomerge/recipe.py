@@ -298,7 +298,7 @@ class _Reader:
                 raise self.error(key, f"expert {name} has no weight", f"Give {name}: 0 to leave it out.")
             value = data[name]
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                hint = "In YAML, write 1.0e-3, not 1e-3." if isinstance(value, str) else None
+                hint = "Write numbers without quotation marks." if isinstance(value, str) else None
                 raise self.error(f"{key}.{name}", f"must be a finite number, but is {_shown(value)}", hint)
             try:
                 weights.append(float(METHODS[method].weight.check(name, value, f"the weight of method {method}")))

@@ -195,7 +195,7 @@ def test_which_group_a_tensor_belongs_to():
         ({"weights": {"add": 0.5}}, ["weights", "topic"]),
         ({"weights": {"add": 0.5, "topic": 1, "spam": 2}}, ["weights", "'spam'"]),
         ({"weights": {"add": 0.5, "topic": float("nan")}}, ["weights.topic", "nan"]),
-        ({"weights": {"add": 0.5, "topic": "1e-3"}}, ["weights.topic", "1.0e-3"]),
+        ({"weights": {"add": 0.5, "topic": "1e-3"}}, ["weights.topic", "1e-3", "quotation marks"]),
         ({"weights": {"add": 0.5, "topic": True}}, ["weights.topic", "True"]),
         ({"weights": [1, 2, 3]}, ["weights", "add, topic"]),
         ({"groups": [{"weights": [1, 2]}]}, ["weights", "groups"]),
