@@ -157,7 +157,7 @@ def new_record(plan: Plan, budget: int) -> dict[str, Any]:
             task: {"metric": plan.evaluator.metric(task), "item_mean": plan.evaluator.is_item_mean(task)}
             for task in plan.tasks
         },
-        "dimensions": {d.name: [d.low, d.high] for d in plan.space.dimensions},
+        "dimensions": [d.to_dict() for d in plan.space.dimensions],
         "budget": budget,
         "rounds": [],
         "drift": [],

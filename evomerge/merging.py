@@ -54,13 +54,15 @@ class _Plan:
             raise MethodError(f"there is no method {recipe.method!r}", remedy=nearest(recipe.method, METHODS))
         if len(recipe.experts) != len(sources.experts):
             raise ValueError(f"the recipe has {len(recipe.experts)} experts, the sources have {len(sources.experts)}")
-        layers = sources.reference.num_layers
-        last = recipe.groups[-1].layers
-        if last is not None and last[1] != layers:
+        layers, end = sources.reference.num_layers, recipe.end
+        if end is not None and end != layers and (end > layers or all(group.layers for group in recipe.groups)):
             raise SpecError(
-                f"the recipe's groups end at layer {last[1]}, but the model has {layers} layers",
+                f"the recipe's groups end at layer {end}, but the model has {layers} layers",
                 remedy=f"The groups must cover the layers 0 to {layers}, the last one excluded.",
             )
+        self._group_of = {
+            name: recipe.group_for(sources.info(name)) for name in sources.names if sources.is_float(name)
+        }
         self.recipe, self.method, self.dtype = recipe, METHODS[recipe.method], torch_dtype(recipe.export_dtype)
         self._groups = {
             id(group): check_params(recipe.method, self.method, {**recipe.params, **group.params})
@@ -70,7 +72,7 @@ class _Plan:
 
     def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:
         """(weights, parameters) for a tensor."""
-        group = self.recipe.group_for(info)
+        group = self._group_of[info.name]
         return group.weights, self._groups[id(group)]
 
 
@@ -88,13 +90,15 @@ class Merger:
     Args:
         sources: the base and the experts; every recipe's experts are these, in this order.
         device: where the arithmetic is done.
-        fixed_params: method parameters that no candidate changes, so that what depends on them is computed once
-            (``Method.prepare``). None: each recipe is taken by itself, and all its parameters are fixed.
+        fixed_params: method -> its parameters that no candidate changes, so that what depends on them is computed once
+            (``Method.prepare``). A method that is not there has only fixed ones; None: no method is.
     """
 
-    def __init__(self, sources: Sources, *, device: str = "cpu", fixed_params: Mapping[str, Any] | None = None):
+    def __init__(
+        self, sources: Sources, *, device: str = "cpu", fixed_params: Mapping[str, Mapping[str, Any]] | None = None
+    ):
         self.sources, self.device = sources, device
-        self.fixed_params = None if fixed_params is None else dict(fixed_params)
+        self.fixed_params = dict(fixed_params or {})
         self._states: dict[str, tuple[dict[str, Any], Any]] = {}  # method -> (what was fixed, its state)
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
@@ -167,12 +171,12 @@ class Merger:
 
     def state(self, method: str, groups: Sequence[Mapping[str, Any]]) -> Any:
         """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes."""
-        first = groups[0]
+        first, known_fixed = groups[0], self.fixed_params.get(method)
         fixed = {
             key: value
             for key, value in first.items()
             if all(group[key] == value for group in groups)
-            and (self.fixed_params is None or (key in self.fixed_params and self.fixed_params[key] == value))
+            and (known_fixed is None or (key in known_fixed and known_fixed[key] == value))
         }
         known = self._states.get(method)
         if known is None or known[0] != fixed:

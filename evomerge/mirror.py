@@ -6,15 +6,16 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from evomerge.database import Database, engine_options, make_durable, quiet_optuna
+from evomerge.dimensions import Dimension
 from evomerge.errors import StudyError
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ class Mirror:
     Args:
         database: the store.
         name: the study's name, in Optuna too.
-        bounds: dimension -> (low, high), for Optuna's distributions.
+        dimensions: of the space, as plain data, for Optuna's distributions.
     """
 
-    def __init__(self, database: Database, name: str, bounds: Mapping[str, Sequence[float]]):
-        self.database, self.name, self.bounds = database, name, dict(bounds)
+    def __init__(self, database: Database, name: str, dimensions: Sequence[Mapping[str, Any]] = ()):
+        self.database, self.name = database, name
+        self.dimensions = {d["name"]: Dimension.from_dict(d) for d in dimensions}
         self._ids: dict[int, int] = {}  # trial number -> Optuna's trial id
         # Optuna fills {SCHEMA_VERSION} into URLs, so braces of a path are doubled.
         url = database.url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
@@ -187,9 +189,8 @@ class Mirror:
                 high = middle
         return low
 
-    def _distribution(self, name: str, value: float) -> FloatDistribution:
-        low, high = self.bounds.get(name, (value, value))
-        return FloatDistribution(min(low, value), max(high, value))
+    def _distribution(self, name: str, value: Any) -> BaseDistribution:
+        return (self.dimensions.get(name) or Dimension(name, value, value, value)).distribution()
 
     @staticmethod
     def _attributes(trial: TrialRecord) -> dict[str, str]:

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from evomerge import __version__
-from evomerge.recipe import Recipe
+from evomerge.recipe import Group, Recipe
+
+MOST_ROWS = 64  # groups that a card shows
 
 
 def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
@@ -55,14 +57,18 @@ def _sources(recipe: Recipe) -> str:
 
 
 def _weights(recipe: Recipe) -> str:
-    def label(layers: tuple[int, int] | None) -> str:
-        return "all" if layers is None else f"{layers[0]} to {layers[1] - 1}"
+    def label(group: Group) -> str:
+        layers = "" if group.layers is None else f"layers {group.layers[0]} to {group.layers[1] - 1}"
+        words = [layers, ", ".join(group.kinds or ()), ", ".join(group.tensors or ())]
+        return ": ".join(word for word in words if word) or ("all" if len(recipe.groups) == 1 else "the rest")
 
     rows = []
-    for group in recipe.groups:
+    for group in recipe.groups[:MOST_ROWS]:
         params = ", ".join(f"{k} {v}" for k, v in group.params.items())
-        rows.append([label(group.layers), *(f"{weight:.4g}" for weight in group.weights), params])
-    header = ["layers", *(source.name for source in recipe.experts), "parameters"]
+        rows.append([label(group), *(f"{weight:.4g}" for weight in group.weights), params])
+    if len(recipe.groups) > MOST_ROWS:
+        rows.append([f"{len(recipe.groups) - MOST_ROWS} more in recipe.yaml", *[""] * (len(recipe.experts) + 1)])
+    header = ["part", *(source.name for source in recipe.experts), "parameters"]
     if not any(group.params for group in recipe.groups):
         header, rows = header[:-1], [row[:-1] for row in rows]
     settings = {k: v for k, v in recipe.to_dict()["params"].items() if v is not None}

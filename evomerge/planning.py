@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from evomerge import searchers
 from evomerge.checkpoints import Checkpoint, Sources, check_tokenizers, content_hash, open_checkpoint, open_expert
-from evomerge.errors import EvaluatorError, ResourceError, StudyError
+from evomerge.errors import EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
 from evomerge.recipe import Group, Recipe, Source
+from evomerge.searchers.base import Searcher
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_file
+from evomerge.validation import at
 
 # Recorded with a study: another version may change scores in their last bits, so a resume says so (and goes on).
 LIBRARIES = ("torch", "transformers", "lm-eval", "cma", "optuna", "numpy", "evomerge")
@@ -103,7 +106,9 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
         seed=spec.seed,
         export_dtype=spec.export_dtype,
     )
-    Space.from_dict(spec.space, template=unhashed, num_layers=base.num_layers, where=spec.space_where)
+    sources = Sources(base, list(experts.values()))
+    shape = {"num_layers": base.num_layers, "tensors": [sources.info(n) for n in sources.names if sources.touched(n)]}
+    make_searcher(spec, Space.from_dict(spec.space, template=unhashed, **shape, where=spec.space_where))
 
     evaluator_file = resolve_evaluator(spec)
     context = EvaluatorContext(
@@ -119,7 +124,7 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     _require_every_split(items, context.tasks)
 
     template = hash_sources(unhashed, progress)
-    space = Space.from_dict(spec.space, template=template, num_layers=base.num_layers, where=spec.space_where)
+    space = Space.from_dict(spec.space, template=template, **shape, where=spec.space_where)
     worker = WorkerSpec(
         folder=str(spec.folder),
         base=_plain(template.base),
@@ -134,12 +139,12 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
         compute_dtype=spec.compute_dtype,
         device=device,
         threads=spec.workers.threads,
-        fixed_params=dict(space.fixed_params),
+        fixed_params=space.fixed_params,
     )
     plan_parts = _fingerprint(spec, template, space, evaluator, items, worker)
     return Plan(
         spec=spec,
-        sources=Sources(base, list(experts.values())),
+        sources=sources,
         template=template,
         space=space,
         evaluator=evaluator,
@@ -148,6 +153,15 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
         fingerprint=plan_parts,
         libraries=library_versions(),
     )
+
+
+def make_searcher(spec: Spec, space: Space) -> Searcher:
+    """The experiment's searcher; SpecError if it cannot take the space."""
+    try:
+        return searchers.make(spec.search.method, space, seed=spec.seed, **spec.search.options)
+    except SpecError as error:
+        where = error.where or at(str(spec.path or "experiment"), "search.method")
+        raise SpecError(error.problem, where=where, remedy=error.remedy) from None
 
 
 def resolve_evaluator(spec: Spec) -> str:

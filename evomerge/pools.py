@@ -45,7 +45,7 @@ class WorkerSpec:
     compute_dtype: str = "float32"
     device: str = "cpu"  # cpu, cuda, or cuda:N
     threads: int = 1
-    fixed_params: Mapping[str, Any] = field(default_factory=dict)  # method parameters that no candidate changes
+    fixed_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method: what no candidate changes
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

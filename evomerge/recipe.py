@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
 
 FORMAT = 1
+KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 KEYS = ("evomerge_recipe", "base", "experts", "method", "params", "groups", "weights", "seed", "export_dtype")
 
@@ -34,14 +36,22 @@ class Source:
 class Group:
     """The weights (one an expert, in the recipe's order) for a part of the model.
 
-    ``layers`` is the half-open range of layer indices it covers, or None for all. Tensors outside any layer belong to
-    the group that holds layer 0 when they come before the layers (embeddings), otherwise to the last group (final
-    norm, head, the rest). ``params`` override the recipe's own.
+    A tensor belongs to the first group that holds it by all that the group names. ``layers`` is a half-open range of
+    layer indices; tensors outside any layer go with layer 0 when they come before the layers (embeddings), otherwise
+    with the last layer that the recipe names (final norm, head, the rest). ``kinds`` are among KINDS; ``tensors`` are
+    checkpoint names. None is no condition. ``params`` override the recipe's own.
     """
 
     weights: tuple[float, ...]
     layers: tuple[int, int] | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] | None = None
+    tensors: tuple[str, ...] | None = None
+
+    @property
+    def part(self) -> tuple[tuple[int, int] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
+        """(layers, kinds, tensors): which part of the model this is."""
+        return self.layers, self.kinds, self.tensors
 
 
 @dataclass(frozen=True)
@@ -57,16 +67,30 @@ class Recipe:
     export_dtype: str = "bfloat16"
 
     def group_for(self, info: TensorInfo) -> Group:
-        """The one group that ``info`` belongs to."""
-        if len(self.groups) == 1:
-            return self.groups[0]
-        layer = info.layer
-        if layer is None:
-            return self.groups[0] if info.kind == "embedding" else self.groups[-1]
-        for group in self.groups:
-            if group.layers is not None and group.layers[0] <= layer < group.layers[1]:
+        """The one group that ``info`` belongs to; SpecError if the recipe has none for it."""
+        by_name, others = self._by_tensor
+        for number in sorted({*by_name.get(info.name, ()), *others}) if info.name in by_name else others:
+            group = self.groups[number]
+            if holds(info, group.layers, group.kinds, self.end):
                 return group
-        raise ValueError(f"no group of the recipe covers layer {layer} ({info.name})")
+        raise SpecError(
+            f"no group of the recipe holds the tensor {info.name}",
+            remedy="Add a last group that names neither layers nor kinds nor tensors: it takes what is left.",
+        )
+
+    @cached_property
+    def end(self) -> int | None:
+        """One more than the last layer that a group names; None if none names layers."""
+        return max((group.layers[1] for group in self.groups if group.layers is not None), default=None)
+
+    @cached_property
+    def _by_tensor(self) -> tuple[dict[str, list[int]], list[int]]:
+        """(tensor name -> numbers of the groups that name it, numbers of the groups that name no tensors)."""
+        by_name: dict[str, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            for name in group.tensors or ():
+                by_name.setdefault(name, []).append(number)
+        return by_name, [number for number, group in enumerate(self.groups) if group.tensors is None]
 
     def params_for(self, info: TensorInfo) -> dict[str, Any]:
         return {**self.params, **self.group_for(info).params}
@@ -82,7 +106,11 @@ class Recipe:
 
         groups = []
         for group in self.groups:
-            entry: dict[str, Any] = {} if group.layers is None else {"layers": list(group.layers)}
+            entry: dict[str, Any] = {
+                key: list(value)
+                for key, value in zip(("layers", "kinds", "tensors"), group.part, strict=True)
+                if value is not None
+            }
             entry["weights"] = {s.name: float(w) for s, w in zip(self.experts, group.weights, strict=True)}
             if group.params:
                 checked = _check_params(self.method, {**self.params, **group.params})
@@ -137,6 +165,17 @@ class Recipe:
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def holds(info: TensorInfo, layers: tuple[int, int] | None, kinds: Sequence[str] | None, end: int | None) -> bool:
+    """Is this tensor among ``layers`` and ``kinds`` (None: all)? The whole recipe's layers end at ``end``."""
+    if kinds is not None and info.kind not in kinds:
+        return False
+    if layers is None:
+        return True
+    if info.layer is not None:
+        return layers[0] <= info.layer < layers[1]
+    return layers[0] == 0 if info.kind == "embedding" else layers[1] == end
 
 
 def _check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,33 +292,55 @@ class _Reader:
     def groups(self, data: Any, method: str, params: Mapping[str, Any], names: list[str]) -> tuple[Group, ...]:
         if not isinstance(data, list) or not data:
             raise self.error("groups", f"must be a list of groups, but is {_shown(data)}")
-        found, place = [], 0
+        plain = not any(isinstance(entry, Mapping) and ("kinds" in entry or "tensors" in entry) for entry in data)
+        found: list[Group] = []
         for g, entry in enumerate(data):
             key = f"groups[{g}]"
             if not isinstance(entry, Mapping):
                 raise self.error(key, f"must be a table with weights, but is {_shown(entry)}")
-            self.known_keys(key, entry, ("layers", "weights", "params"))
-            layers = entry.get("layers")
-            if layers is not None:
-                if not (isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)):
-                    raise self.error(f"{key}.layers", f"must be [first, last + 1], but is {_shown(layers)}")
-                if layers[0] != place or layers[1] <= layers[0]:
+            self.known_keys(key, entry, ("layers", "kinds", "tensors", "weights", "params"))
+            layers = self.layers(f"{key}.layers", entry.get("layers"))
+            if plain and layers is not None:
+                place = found[-1].layers[1] if found and found[-1].layers else 0
+                if layers[0] != place:
                     raise self.error(
                         f"{key}.layers",
-                        f"groups follow each other from layer 0 on: this one must start at {place} and not be empty, "
-                        f"but is {layers}",
+                        f"groups follow each other from layer 0 on: this one must start at {place}, but is "
+                        f"{list(layers)}",
                     )
-                place = layers[1]
-            elif len(data) > 1:
+            elif plain and len(data) > 1:
                 raise self.error(f"{key}.layers", "is missing: with several groups each names its layers")
             found.append(
                 Group(
                     self.weights(f"{key}.weights", method, entry.get("weights"), names),
-                    None if layers is None else (layers[0], layers[1]),
+                    layers,
                     self.params(f"{key}.params", method, params, entry["params"]) if entry.get("params") else {},
+                    self.words(f"{key}.kinds", entry.get("kinds"), KINDS),
+                    self.words(f"{key}.tensors", entry.get("tensors")),
                 )
             )
         return tuple(found)
+
+    def layers(self, key: str, data: Any) -> tuple[int, int] | None:
+        if data is None:
+            return None
+        if not (isinstance(data, list) and len(data) == 2 and all(type(n) is int for n in data)):
+            raise self.error(key, f"must be [first, last + 1], but is {_shown(data)}")
+        first, end = data
+        if not 0 <= first < end:
+            raise self.error(key, f"0 <= first < last + 1 must hold, but the range is {data}")
+        return first, end
+
+    def words(self, key: str, data: Any, known: Sequence[str] = ()) -> tuple[str, ...] | None:
+        """A list of names, among ``known`` if any are given."""
+        if data is None:
+            return None
+        if not isinstance(data, list) or not data or not all(isinstance(word, str) for word in data):
+            raise self.error(key, f"must be a list of names, but is {_shown(data)}")
+        for word in data:
+            if known and word not in known:
+                raise self.error(key, f"{_shown(word)} is unknown", nearest(word, known))
+        return tuple(data)
 
     def weights(self, key: str, method: str, data: Any, names: list[str]) -> tuple[float, ...]:
         """One finite number an expert, from {name: number}, a list in the experts' order, or one number for all."""

@@ -85,7 +85,7 @@ def show_trial(store: Store, name: str) -> str:
         lines.append(f"state     {trial.state}")
         if trial.failure:
             lines.append(f"failure   {trial.failure}")
-        lines += ["point", *(f"  {k:<24} {v:.6g}" for k, v in trial.point.items())]
+        lines += ["point", *(f"  {k:<24} {_value(v)}" for k, v in trial.point.items())]
     for evaluation in store.evaluations():
         if evaluation.subject != subject:
             continue
@@ -122,8 +122,8 @@ def describe_plan(plan: Plan, options: Options) -> str:
         else "",
     ]
     lines += [f"expert       {s.name}: {s.path}  sha256 {s.sha256[:12]}" for s in plan.template.experts]
-    lines.append(f"space        {space.method}, {len(space.dimensions)} dimensions")
-    lines += [f"  {d.name:<22} {d.low:g} to {d.high:g}, from {d.initial:g}" for d in space.dimensions[:12]]
+    lines.append(f"space        {' | '.join(space.methods)}, {len(space.dimensions)} dimensions")
+    lines += [f"  {d.name:<22} {d.text()}, from {d.initial_text()}" for d in space.dimensions[:12]]
     if len(space.dimensions) > 12:
         lines.append(f"  and {len(space.dimensions) - 12} more")
     lines.append(

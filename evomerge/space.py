@@ -2,117 +2,43 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
-
-from evomerge.errors import MethodError, SpecError, UserError, nearest
-from evomerge.recipe import Group, Recipe
-from evomerge.validation import at, short, validate
+from evomerge.dimensions import Dimension, Point, Value
+from evomerge.errors import SpecError, nearest
+from evomerge.recipe import KINDS, Group, Recipe, holds
+from evomerge.space_file import SpaceModel, WeightsModel, check_space, initial_weights, method_params, nothing_moves
+from evomerge.validation import at
 
 if TYPE_CHECKING:
-    from evomerge.methods.base import Method
+    from evomerge.methods.base import TensorInfo
 
-Point = dict[str, float]  # dimension name -> value, in the space's own units
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_range(value: Any) -> list[float]:
-    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(_number, value))):
-        raise PydanticCustomError(
-            "range", "range must be two numbers [low, high], but is {value}", {"value": short(value), "remedy": ""}
-        )
-    low, high = float(value[0]), float(value[1])
-    if not low < high:
-        raise PydanticCustomError(
-            "range",
-            "low < high must hold, but low is {low} and high is {high}",
-            {"low": f"{low:g}", "high": f"{high:g}", "remedy": "Swap them." if low > high else "Widen the range."},
-        )
-    return [low, high]
-
-
-def _check_initial(value: Any) -> Any:
-    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
-    if value is not None and not (numbers and all(map(_number, numbers))):
-        raise PydanticCustomError(
-            "initial",
-            "initial must be a number, or one number for each expert, but is {value}",
-            {"value": short(value), "remedy": ""},
-        )
-    return value
-
-
-class WeightsModel(BaseModel):
-    """Which weights may move, between which bounds, from where."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, title="weights")
-
-    granularity: Literal["global", "task", "layer_groups"] = Field(
-        description="global: one weight for all experts; task: one an expert; layer_groups: one an expert and group of "
-        "consecutive layers"
-    )
-    groups: int | None = Field(
-        default=None, ge=1, description="how many groups of consecutive layers, for granularity layer_groups"
-    )
-    range: Annotated[list[float], BeforeValidator(_check_range)] = Field(
-        description="[low, high]: the lowest and the highest weight that the search may try", min_length=2, max_length=2
-    )
-    initial: Annotated[float | dict[str, float] | None, BeforeValidator(_check_initial)] = Field(
-        default=None,
-        description="the weight that the search starts from, one for all or a mapping expert: weight; by default the "
-        "method's own",
-    )
-
-    @model_validator(mode="after")
-    def _groups_where_they_belong(self) -> WeightsModel:
-        if self.granularity == "layer_groups" and self.groups is None:
-            raise PydanticCustomError(
-                "groups",
-                "granularity layer_groups needs the number of groups",
-                {"remedy": "Add, for example, groups: 6."},
-            )
-        if self.granularity != "layer_groups" and self.groups is not None:
-            raise PydanticCustomError(
-                "groups",
-                "groups is {groups}, but granularity {granularity} has no groups",
-                {
-                    "groups": self.groups,
-                    "granularity": self.granularity,
-                    "remedy": "Remove groups, or set granularity: layer_groups.",
-                },
-            )
-        return self
-
-
-class SpaceModel(BaseModel):
-    """A search space as it is written: a method, its fixed parameters, and the weights that may move."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, title="space")
-
-    method: str = Field(description="the merge method; `evomerge methods` lists them")
-    params: dict[str, Any] = Field(
-        default_factory=dict, description="parameters of the method that stay fixed; `evomerge methods NAME` lists them"
-    )
-    weights: WeightsModel = Field(description="which weights may move, between which bounds, from where")
+METHOD = "method"  # the dimension that the method is, where it is a choice
+Part = tuple[tuple[int, int] | None, tuple[str, ...] | None, tuple[str, ...] | None]  # layers, kinds, tensors
 
 
 @dataclass(frozen=True)
-class Dimension:
-    """One number that a searcher may move, with its bounds and where it starts (all in the same units)."""
+class Moving:
+    """Stands where a number would: the value is that of a dimension."""
 
-    name: str
-    low: float
-    high: float
-    initial: float
+    dimension: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model that has weights of its own: one an expert, each a number or a dimension."""
+
+    layers: tuple[int, int] | None
+    kinds: tuple[str, ...] | None
+    tensors: tuple[str, ...] | None
+    weights: tuple[float | Moving, ...]
+
+    @property
+    def part(self) -> Part:
+        return self.layers, self.kinds, self.tensors
 
 
 @dataclass(frozen=True)
@@ -121,130 +47,179 @@ class Space:
 
     Args:
         template: a recipe whose sources, seed and export_dtype every candidate shares.
-        method, params: of every candidate; ``params`` holds all of the method's parameters.
-        granularity: global, task or layer_groups.
-        layers: the half-open ranges of layers that have weights of their own, or (None,) for the whole model.
-        dimensions: what may move; expert by expert, and within an expert group by group.
+        params: method -> all of its parameters, each a value or a dimension; the initial method first.
+        regions: what the groups of every candidate are.
+        dimensions: what may move: the method, its parameters, then the weights, expert by expert and within an expert
+            region by region.
     """
 
     template: Recipe
-    method: str
-    params: Mapping[str, Any]
-    granularity: str
-    layers: tuple[tuple[int, int] | None, ...]
+    params: Mapping[str, Mapping[str, Any]]
+    regions: tuple[Region, ...]
     dimensions: tuple[Dimension, ...]
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, template: Recipe, num_layers: int, where: str = "space") -> Space:
+    def from_dict(
+        cls,
+        data: Mapping[str, Any],
+        *,
+        template: Recipe,
+        num_layers: int,
+        tensors: Iterable[TensorInfo] = (),
+        where: str = "space",
+    ) -> Space:
         """The space that ``data`` describes (see SpaceModel), for a model with ``num_layers`` layers.
+
+        Args:
+            tensors: those that an expert may change; granularities of modules and tensors are made of them. All other
+                tensors get the initial weights.
 
         Raises:
             SpecError: unknown key, method, parameter or granularity; a range upside down or outside the method's legal
-                weights; an initial weight outside the range; a wrong number of experts; more groups than layers.
+                values; an initial value outside its range; a wrong number of experts; more groups than layers; nothing
+                that moves.
         """
         experts = [source.name for source in template.experts]
         model = check_space(data, experts, where=where)
-        weights = model.weights
-        layers: tuple[tuple[int, int] | None, ...] = (None,)
-        if weights.groups is not None:
-            if weights.groups > num_layers:
-                raise SpecError(
-                    f"groups <= layers must hold, but groups is {weights.groups} and the model has {num_layers} layers",
-                    where=at(where, "weights.groups"),
-                    remedy=f"Use at most {num_layers} groups." if num_layers else "Use granularity task or global.",
-                )
-            layers = split_layers(num_layers, weights.groups)
-        initial = _initial_weights(model, experts, where)
-        low, high = weights.range
-        if weights.granularity == "global":
-            dimensions = [Dimension("weight", low, high, initial[experts[0]])]
-        else:
-            dimensions = [Dimension(_name(e, span), low, high, initial[e]) for e in experts for span in layers]
-        return cls(
-            template=template,
-            method=model.method,
-            params=_full_params(model, where),
-            granularity=weights.granularity,
-            layers=layers,
-            dimensions=tuple(dimensions),
-        )
+        dimensions: list[Dimension] = []
+        if len(model.methods) > 1:
+            choices = tuple(str(choice) for choice in model.method.choices or ())  # type: ignore[union-attr]
+            dimensions.append(Dimension(METHOD, 0.0, len(choices) - 1.0, model.methods[0], choices=choices))
+        params: dict[str, dict[str, Any]] = {}
+        for name in model.methods:
+            values, moving = method_params(model, name, where)
+            prefix = f"{name}." if len(model.methods) > 1 else ""
+            params[name] = values | {d.name.removeprefix(prefix): Moving(d.name) for d in moving}
+            dimensions += moving
+        parts = _parts(model.weights, num_layers, list(tensors), where)
+        regions, weights = _regions(model, parts, experts, where)
+        dimensions += weights
+        if not dimensions:
+            raise nothing_moves(where)
+        return cls(template, params, regions, tuple(dimensions))
 
     @property
-    def fixed_params(self) -> dict[str, Any]:
-        """The method's parameters that no candidate changes: all of them, with their defaults."""
-        return dict(self.params)
+    def methods(self) -> tuple[str, ...]:
+        """The methods that a candidate may have, the initial one first."""
+        return tuple(self.params)
 
-    def decode(self, point: Mapping[str, float]) -> Recipe:
-        """The recipe that ``point`` stands for; its weights are the point's own floats.
+    @property
+    def fixed_params(self) -> dict[str, dict[str, Any]]:
+        """Method -> its parameters that no candidate changes, with their defaults."""
+        return {
+            method: {key: value for key, value in params.items() if not isinstance(value, Moving)}
+            for method, params in self.params.items()
+        }
+
+    def active(self, method: Value | None) -> tuple[Dimension, ...]:
+        """The dimensions of the points whose method is ``method`` (None: where the method is no dimension)."""
+        return tuple(d for d in self.dimensions if d.when is None or d.when == method)
+
+    def decode(self, point: Mapping[str, Value]) -> Recipe:
+        """The recipe that ``point`` stands for; its numbers are the point's own.
 
         Raises:
             SpecError: a dimension is missing, unknown, or has a value outside its bounds. Nothing is clipped or folded.
         """
         self._check(point)
-        names = [source.name for source in self.template.experts]
-        groups = []
-        for span in self.layers:
-            keys = ["weight"] * len(names) if self.granularity == "global" else [_name(e, span) for e in names]
-            groups.append(Group(weights=tuple(float(point[key]) for key in keys), layers=span))
-        return replace(self.template, method=self.method, params=dict(self.params), groups=tuple(groups))
+        method = str(point.get(METHOD, self.methods[0]))
+        params = {k: point[v.dimension] if isinstance(v, Moving) else v for k, v in self.params[method].items()}
+        groups = tuple(
+            Group(
+                tuple(float(point[w.dimension] if isinstance(w, Moving) else w) for w in region.weights),
+                region.layers,
+                kinds=region.kinds,
+                tensors=region.tensors,
+            )
+            for region in self.regions
+        )
+        return replace(self.template, method=method, params=params, groups=groups)
 
     def encode(self, recipe: Recipe) -> Point:
         """The point that decodes to ``recipe``: ``encode(decode(p)) == p``.
 
         Raises:
-            SpecError: the recipe has other experts, method, parameters or groups, or weights outside the bounds.
+            SpecError: the recipe has other experts, method, parameters or groups, or numbers outside the bounds.
         """
         for what, mine, other in (
             ("experts", [s.name for s in self.template.experts], [s.name for s in recipe.experts]),
-            ("method", self.method, recipe.method),
-            ("params", dict(self.params), dict(recipe.params)),
-            ("layers of its groups", list(self.layers), [g.layers for g in recipe.groups]),
+            ("method", recipe.method if recipe.method in self.params else " or ".join(self.methods), recipe.method),
+            (
+                "layers, kinds and tensors of its groups",
+                [r.part for r in self.regions],
+                [g.part for g in recipe.groups],
+            ),
             ("params of its groups", {}, {k: v for g in recipe.groups for k, v in g.params.items()}),
         ):
             if mine != other:
                 raise SpecError(f"the recipe is not in the search space: its {what} are {other}, the space's {mine}")
-        point: Point = {}
-        for group in recipe.groups:
-            if self.granularity == "global" and len(set(group.weights)) > 1:
+        found: Point = {METHOD: recipe.method} if len(self.methods) > 1 else {}
+        params = self.params[recipe.method]
+        if set(params) != set(recipe.params):
+            raise SpecError(f"the recipe is not in the search space: its params are {list(recipe.params)}")
+        pairs = [(f"params.{key}", params[key], value) for key, value in recipe.params.items()]
+        for region, group in zip(self.regions, recipe.groups, strict=True):
+            for source, mine, weight in zip(recipe.experts, region.weights, group.weights, strict=True):
+                pairs.append((f"weight of {source.name}", mine, weight))
+        for what, mine, value in pairs:
+            expected = found.setdefault(mine.dimension, value) if isinstance(mine, Moving) else mine
+            if value != expected:
                 raise SpecError(
-                    f"the recipe is not in the search space: its weights {list(group.weights)} are not equal"
+                    f"the recipe is not in the search space: its {what} is {value!r}, not equal to {expected!r}"
                 )
-            for source, weight in zip(recipe.experts, group.weights, strict=True):
-                point["weight" if self.granularity == "global" else _name(source.name, group.layers)] = weight
-        point = {d.name: point[d.name] for d in self.dimensions}
+        point = {d.name: found[d.name] for d in self.active(recipe.method)}
         self._check(point)
         return point
 
     def initial(self) -> Point:
         """Where the search starts."""
-        return {d.name: d.initial for d in self.dimensions}
+        return {d.name: d.initial for d in self.active(self.methods[0])}
 
-    def clip(self, point: Mapping[str, float]) -> Point:
-        """``point`` with every value moved to the nearest bound if it is outside. The caller asks for this by name."""
-        return {d.name: min(max(float(point[d.name]), d.low), d.high) for d in self.dimensions}
+    def at(self, shares: Sequence[float]) -> Point:
+        """The point that lies at ``shares``, in [0, 1], of the way through each dimension; see ``Dimension.at``."""
+        values = {d.name: d.at(share) for d, share in zip(self.dimensions, shares, strict=True)}
+        return {d.name: values[d.name] for d in self.active(values.get(METHOD, self.methods[0]))}
+
+    def clip(self, point: Mapping[str, Value]) -> Point:
+        """``point`` with every value moved to the nearest legal one. The caller asks for this by name."""
+        return {d.name: d.clip(point[d.name]) for d in self.dimensions if d.name in point}
 
     def to_dict(self) -> dict[str, Any]:
         """Canonical plain data: equal for equal spaces, however they were written; sources are not part of it."""
+
+        def plain(value: Any) -> Any:
+            return {"dimension": value.dimension} if isinstance(value, Moving) else value
+
         return {
-            "method": self.method,
-            "params": dict(self.params),
-            "granularity": self.granularity,
-            "layers": [None if span is None else list(span) for span in self.layers],
-            "dimensions": [
-                {"name": d.name, "low": d.low, "high": d.high, "initial": d.initial} for d in self.dimensions
+            "params": {method: {k: plain(v) for k, v in params.items()} for method, params in self.params.items()},
+            "regions": [
+                {
+                    "layers": None if region.layers is None else list(region.layers),
+                    "kinds": None if region.kinds is None else list(region.kinds),
+                    "tensors": None if region.tensors is None else list(region.tensors),
+                    "weights": [plain(weight) for weight in region.weights],
+                }
+                for region in self.regions
             ],
+            "dimensions": [dimension.to_dict() for dimension in self.dimensions],
         }
 
-    def _check(self, point: Mapping[str, float]) -> None:
-        names = [d.name for d in self.dimensions]
+    def _check(self, point: Mapping[str, Value]) -> None:
+        method = point.get(METHOD, self.methods[0])
+        active = {d.name: d for d in self.active(method)}
         for name in point:
-            if name not in names:
-                raise SpecError(f"the search space has no dimension {name!r}", remedy=nearest(name, names))
-        for d in self.dimensions:
+            if name not in active:
+                inactive = any(d.name == name for d in self.dimensions)
+                raise SpecError(
+                    f"the search space has no dimension {name!r}" + (f" where the method is {method}" * inactive),
+                    remedy=nearest(name, active),
+                )
+        for d in active.values():
             if d.name not in point:
                 raise SpecError(f"the point has no value for dimension {d.name!r}")
-            if not d.low <= point[d.name] <= d.high:  # false for NaN too
-                raise SpecError(f"{d.name} must lie in [{d.low:g}, {d.high:g}], but is {point[d.name]!r}")
+            if not d.holds(point[d.name]):  # NaN is nowhere
+                bounds = d.text() if d.choices else f"[{d.low:g}, {d.high:g}]"
+                raise SpecError(f"{d.name} must lie in {bounds}, but is {point[d.name]!r}")
 
 
 def split_layers(num_layers: int, groups: int) -> tuple[tuple[int, int], ...]:
@@ -253,136 +228,82 @@ def split_layers(num_layers: int, groups: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(edges))
 
 
-def check_space(data: Any, experts: Sequence[str], *, where: str) -> SpaceModel:
-    """All that can be checked of a space without the model: see ``Space.from_dict``, except groups against layers."""
-    from evomerge.methods import METHODS
-
-    model = validate(SpaceModel, data, where=where)
-    if model.method not in METHODS:
+def _parts(weights: WeightsModel, num_layers: int, tensors: Sequence[TensorInfo], where: str) -> list[Part]:
+    """The parts of the model that have weights of their own."""
+    granularity, groups = weights.granularity, weights.groups
+    if granularity in ("global", "task"):
+        return [(None, None, None)]
+    layered = granularity in ("layer", "layer_groups", "layer_module")
+    if groups is not None and groups > num_layers:
         raise SpecError(
-            f"there is no merge method {model.method!r}",
-            where=at(where, "method"),
-            remedy=nearest(model.method, METHODS),
+            f"groups <= layers must hold, but groups is {groups} and the model has {num_layers} layers",
+            where=at(where, "weights.groups"),
+            remedy=f"Use at most {num_layers} groups." if num_layers else "Use granularity task or global.",
         )
-    method = METHODS[model.method]
-    fewest, most = method.num_experts
-    if len(experts) < fewest or (most is not None and len(experts) > most):
-        wanted = (
-            f"exactly {fewest}" if fewest == most else f"at least {fewest}" if most is None else f"{fewest} to {most}"
-        )
+    if layered and not num_layers:
         raise SpecError(
-            f"method {model.method} needs {wanted} experts, but there are {len(experts)} ({', '.join(experts)})",
-            where=at(where, "method"),
-            remedy="Change the experts, or choose another method (`evomerge methods`).",
+            f"granularity {granularity} needs a model with layers, but no tensor's name has a layer number",
+            where=at(where, "weights.granularity"),
+            remedy="Use granularity task, module or tensor.",
         )
-    params = _full_params(model, where)
-    for end in model.weights.range:
-        try:
-            method.weight.check("a weight", end, f"method {model.method}")
-        except MethodError as error:
-            raise SpecError(
-                error.problem,
-                where=at(where, "weights.range"),
-                remedy="Narrow the range to the method's legal weights.",
-            ) from error
-    _initial_weights(model, experts, where)
-    _refuse_if_nothing_moves(model, method, params, len(experts), where)
-    return model
+    spans = split_layers(num_layers, groups or num_layers)
+    if granularity in ("layer", "layer_groups"):
+        return [(span, None, None) for span in spans]
+    if not tensors:
+        raise SpecError(
+            f"no expert changes a tensor, so that granularity {granularity} has nothing to move", where=where
+        )
+    if granularity == "tensor":
+        return [(None, None, (info.name,)) for info in tensors]
+    kinds = [kind for kind in KINDS if any(info.kind == kind for info in tensors)]
+    if granularity == "module":
+        return [(None, (kind,), None) for kind in kinds]
+    return [
+        (span, (kind,), None)
+        for span in spans
+        for kind in kinds
+        if any(holds(info, span, (kind,), num_layers) for info in tensors)
+    ]
 
 
-def _full_params(model: SpaceModel, where: str) -> dict[str, Any]:
-    """All parameters of the method, with defaults; SpecError that names the key."""
-    from evomerge.methods import METHODS
-    from evomerge.methods.base import check_params
-
-    method = METHODS[model.method]
-    for key, value in model.params.items():
-        try:
-            if key in method.params:
-                method.params[key].check(key, value, f"method {model.method}")
-            else:
-                check_params(model.method, method, {key: value})
-        except MethodError as error:
-            meaning = f"{key}: {method.params[key].meaning}." if key in method.params else None
-            raise SpecError(error.problem, where=at(where, f"params.{key}"), remedy=error.remedy or meaning) from error
-    try:
-        return check_params(model.method, method, model.params)
-    except MethodError as error:
-        raise SpecError(error.problem, where=at(where, "params"), remedy=error.remedy) from error
-
-
-def _initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> dict[str, float]:
-    """Expert -> where its weights start."""
-    from evomerge.methods import METHODS
-
-    weights, key = model.weights, at(where, "weights.initial")
-    if isinstance(weights.initial, Mapping):
-        if weights.granularity == "global":
-            raise SpecError(
-                "granularity global has one weight for all experts, but initial is a mapping",
-                where=key,
-                remedy="Give one number, or use granularity: task.",
-            )
-        for name in weights.initial:
-            if name not in experts:
-                raise SpecError(f"there is no expert {name!r}", where=key, remedy=nearest(name, experts))
-        missing = [e for e in experts if e not in weights.initial]
-        if missing:
-            raise SpecError(
-                f"no initial weight for {', '.join(missing)}", where=key, remedy="Give one for every expert."
-            )
-        initial = {e: float(weights.initial[e]) for e in experts}
-    else:
-        value = METHODS[model.method].weight.default if weights.initial is None else weights.initial
-        initial = dict.fromkeys(experts, float(value))
+def _regions(
+    model: SpaceModel, parts: Sequence[Part], experts: Sequence[str], where: str
+) -> tuple[tuple[Region, ...], list[Dimension]]:
+    """The regions of ``parts``, one more for what they leave over, and the dimensions of their weights."""
+    weights, initial = model.weights, initial_weights(model, experts, where)
     low, high = weights.range
-    for name, value in initial.items():
-        if not low <= value <= high:
-            chosen = f"the default of method {model.method}, " if weights.initial is None else ""
+    tied = {expert: "+".join(group) for group in weights.tied for expert in group}
+    dimensions: dict[str, Dimension] = {}
+    known = set(experts)
+    rows: list[list[float | Moving]] = [[] for _ in parts]
+    for expert in experts:
+        for row, part in zip(rows, parts, strict=True):
+            name = "weight" if weights.granularity == "global" else _name(tied.get(expert, expert), part)
+            known.add(name)
+            if expert in weights.fixed or name in weights.fixed:
+                row.append(float(weights.fixed.get(expert, weights.fixed.get(name, 0.0))))
+                continue
+            dimensions.setdefault(name, Dimension(name, low, high, initial[expert], log=weights.log))
+            row.append(Moving(name))
+    for name in weights.fixed:
+        if name not in known:
             raise SpecError(
-                f"low <= initial <= high must hold, but initial is {chosen}{value:g} for expert {name!r} and the range "
-                f"is [{low:g}, {high:g}]",
-                where=key,
-                remedy="Set initial to a weight inside the range, or widen the range.",
+                f"there is no expert and no dimension {name!r}",
+                where=at(where, "weights.fixed"),
+                remedy=nearest(name, known),
             )
-    return initial
+    regions = [Region(*part, tuple(row)) for part, row in zip(parts, rows, strict=True)]
+    if any(part[1] or part[2] for part in parts):
+        regions.append(Region(None, None, None, tuple(initial[expert] for expert in experts)))
+    return tuple(regions), list(dimensions.values())
 
 
-def _refuse_if_nothing_moves(
-    model: SpaceModel, method: Method, params: Mapping[str, Any], num_experts: int, where: str
-) -> None:
-    """Refuse a space whose points are all the same merge, such as one weight for all experts of a normalised mean.
-
-    Two points are drawn and merged on a small random matrix. A method that cannot merge that is let through.
-    """
-    import numpy as np
-    import torch
-
-    from evomerge.methods import merge_state_dicts
-
-    rng = np.random.default_rng(0)
-    base, *taus = (torch.from_numpy(rng.standard_normal((16, 16))) for _ in range(num_experts + 1))
-    low, high = model.weights.range
-    merged = []
-    for _ in range(2):
-        draws = rng.uniform(low, high, size=1 if model.weights.granularity == "global" else num_experts)
-        weights = [float(w) for w in np.broadcast_to(draws, num_experts)]
-        try:
-            sources = [{"probe.weight": base + tau} for tau in taus]
-            result = merge_state_dicts(model.method, {"probe.weight": base}, sources, weights=weights, **params)
-        except (UserError, ArithmeticError):
-            return
-        merged.append(result["probe.weight"])
-    if torch.allclose(merged[0], merged[1], rtol=1e-9, atol=1e-9):
-        raise SpecError(
-            f"every point of this space is the same merge: with these parameters {model.method} does not depend on the "
-            f"weights of granularity {model.weights.granularity}",
-            where=where,
-            remedy="Use granularity: task (where only the proportion of the weights counts), set normalize: false, or "
-            "leave out the parameter that takes the weights' place.",
-        )
-
-
-def _name(expert: str, span: tuple[int, int] | None) -> str:
-    """``add`` for the whole model, ``add[0-4]`` for layers 0 to 4 inclusive."""
-    return expert if span is None else f"{expert}[{span[0]}-{span[1] - 1}]"
+def _name(expert: str, part: Part) -> str:
+    """``add``, ``add[0-4]`` (layers 0 to 4), ``add[3]``, ``add.mlp``, ``add[0-4].mlp``, ``add:model.norm.weight``."""
+    layers, kinds, tensors = part
+    name = expert
+    if layers is not None:
+        name += f"[{layers[0]}]" if layers[1] == layers[0] + 1 else f"[{layers[0]}-{layers[1] - 1}]"
+    if kinds is not None:
+        name += f".{'+'.join(kinds)}"
+    return name if tensors is None else f"{name}:{'+'.join(tensors)}"

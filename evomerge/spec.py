@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.evaluation import TaskSpec
-from evomerge.space import SpaceModel, check_space
+from evomerge.space_file import SpaceModel, check_space
 from evomerge.validation import at, plain_mapping, read_yaml, short, validate
 
 Dtype = Literal["bfloat16", "float16", "float32"]

@@ -118,7 +118,7 @@ class Store:
     ) -> Store:
         """A new study with its record (and items), all or nothing; the store is made if it is not there.
 
-        ``record["dimensions"]`` ({name: [low, high]}) gives Optuna's copy its ranges.
+        ``record["dimensions"]`` (of ``Dimension.to_dict``) gives Optuna's copy its ranges.
 
         Raises:
             StudyError: the name is taken, by evomerge's or another program's study, or the store cannot be used.
@@ -142,7 +142,7 @@ class Store:
                 remedy="Give the experiment another name, or use another --storage.",
             )
         text = _dumps(record)
-        mirror = Mirror(database, name, record.get("dimensions", {}))  # before ours: Optuna may refuse the database
+        mirror = Mirror(database, name, record.get("dimensions", ()))  # before ours: Optuna may refuse the database
 
         def insert(connection: sa.Connection) -> int:
             study = sa.insert(db.studies).values(name=name, record=text, created=time.time())
@@ -437,7 +437,7 @@ class Store:
         if self._mirror is None:
             from evomerge.mirror import Mirror
 
-            self._mirror = Mirror(self.database, self.name, self.record.get("dimensions", {})).start()
+            self._mirror = Mirror(self.database, self.name, self.record.get("dimensions", ())).start()
         return self._mirror
 
     # What happened, in order

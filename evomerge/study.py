@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from evomerge import searchers
 from evomerge.errors import EvomergeError, Interrupted, StudyError
 from evomerge.leaderboard import choose_winner
-from evomerge.planning import Plan
+from evomerge.planning import Plan, make_searcher
 from evomerge.progress import Progress
 from evomerge.recipe import Group, Recipe
 from evomerge.running import Done, Runner
-from evomerge.searchers.base import Searcher, Told
+from evomerge.searchers.base import Told
 from evomerge.store import Store, TrialRecord
 
 SWEEP = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
@@ -44,17 +43,13 @@ def sweep_values(plan: Plan) -> tuple[float, ...]:
     return tuple(plan.spec.evaluate.finish.sweep or SWEEP)
 
 
-def make_searcher(plan: Plan) -> Searcher:
-    search = plan.spec.search
-    return searchers.make(search.method, plan.space, seed=plan.spec.seed, **search.options)
-
-
 def most_at_once(plan: Plan) -> int:
     """How many candidates the search can have in evaluation together before it must hear of one."""
     budget = plan.spec.search.budget
     if plan.spec.search.schedule == "asynchronous":
         return budget
-    searcher = make_searcher(plan)
+    searcher = make_searcher(plan.spec, plan.space)
+    budget = min(budget, searcher.size or budget)
     return next((n for n in range(budget) if searcher.needs(n) > 0), budget)
 
 
@@ -84,7 +79,10 @@ class Study:
         self.budget = budget
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.asynchronous = plan.spec.search.schedule == "asynchronous"
-        self.searcher = make_searcher(plan)
+        self.searcher = make_searcher(plan.spec, plan.space)
+        if self.searcher.size is not None and self.searcher.size < budget:
+            progress.log(f"searcher {plan.spec.search.method} has {self.searcher.size} candidates in all")
+            self.budget = self.searcher.size
         self.trials: list[TrialRecord] = []
         self.told = 0  # reproducible schedule: the first `told` trials have been told
 

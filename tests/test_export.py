@@ -272,7 +272,11 @@ def test_the_model_card(recipe: Recipe):
     head = yaml.safe_load(text.split("---")[1])
     assert head["library_name"] == "transformers"
     assert "merge" in head["tags"]
-    rows = ["| 0 to 1 | 0.25 | 1.5 |", "| 2 to 3 | -0.125 | 0 |", "| test | add2 | exact_match | 0.5000 | 150 |"]
+    rows = [
+        "| layers 0 to 1 | 0.25 | 1.5 |",
+        "| layers 2 to 3 | -0.125 | 0 |",
+        "| test | add2 | exact_match | 0.5000 | 150 |",
+    ]
     facts = ["task_arithmetic", "trial:17", "LlamaForCausalLM", "0.7500", "torch 2.13.0", recipe.base.sha256[:16]]
     for words in (*rows, *facts, recipe.hash):
         assert words in text

@@ -263,7 +263,8 @@ def test_a_candidate_does_not_depend_on_the_ones_before(lora_family: Path):
         model = resident(lora_family)
         Merger(open_sources(recipe)).into(model, recipe)
         fresh.append(snapshot(model))
-    model, merger = resident(lora_family), Merger(open_sources(recipes[0]), fixed_params={})
+    nothing = {recipe.method: {} for recipe in recipes}
+    model, merger = resident(lora_family), Merger(open_sources(recipes[0]), fixed_params=nothing)
     order = [0, 1, 0, 3, 0, 2, 1, 7, 4, 5, 6, 3, 1, 6, 2]
     for i in order:
         merger.into(model, recipes[i])
@@ -310,7 +311,9 @@ def test_sources_are_never_changed(request: pytest.FixtureRequest, tmp_path: Pat
         assert all(torch.equal(a, b) for a, b in zip(tensors[info.name], [base, *experts], strict=True))
 
 
-@pytest.mark.parametrize("fixed", [None, {}, {"density": 0.3}, {"density": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "fixed", [None, {}, {"ties": {}}, {"ties": {"density": 0.3}}, {"ties": {"density": 0.9}}], ids=str
+)
 def test_what_is_prepared_changes_no_number(lora_family: Path, fixed: dict | None):
     recipe = recipe_of(lora_family, "ties", params={"density": 0.3})
     expected, model = resident(lora_family), resident(lora_family)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -30,13 +33,27 @@ def template(*names: str) -> Recipe:
     )
 
 
+def model(layers: int = 7) -> list[TensorInfo]:
+    """What experts change in a small model: the embedding, a norm, attention and mlp of every layer, the final norm."""
+    infos = [TensorInfo("embed", "embedding", None, layers)]
+    for layer in range(layers):
+        infos += [TensorInfo(f"{layer}.{kind}", kind, layer, layers) for kind in ("norm", "attention", "mlp")]
+    return [*infos, TensorInfo("final_norm", "norm", None, layers)]
+
+
 def space(
-    method: str = "task_arithmetic", *, experts=("add", "spam"), layers: int = 7, params=None, **weights
+    method: Any = "task_arithmetic", *, experts=("add", "spam"), layers: int = 7, params=None, tensors=None, **weights
 ) -> Space:
     data = {"method": method, "weights": {"granularity": "task", "range": [0, 2], **weights}}
     if params is not None:
         data["params"] = params
-    return Space.from_dict(data, template=template(*experts), num_layers=layers, where="file.yaml: space")
+    return Space.from_dict(
+        data,
+        template=template(*experts),
+        num_layers=layers,
+        tensors=model(layers) if tensors is None else tensors,
+        where="file.yaml: space",
+    )
 
 
 # --- what a point means
@@ -70,6 +87,108 @@ def test_layer_groups_give_each_expert_a_weight_a_group():
     assert layer_weights == [0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.2]
 
 
+def test_layers_have_weights_of_their_own():
+    found = space(granularity="layer", layers=3)
+    assert [d.name for d in found.dimensions[:3]] == ["add[0]", "add[1]", "add[2]"]
+    assert found.to_dict() == space(granularity="layer_groups", groups=3, layers=3).to_dict()
+
+
+def weight_of(recipe: Recipe, name: str, expert: int = 0, layers: int = 7) -> float:
+    (info,) = [info for info in model(layers) if info.name == name]
+    return recipe.group_for(info).weights[expert]
+
+
+def test_modules_have_weights_of_their_own():
+    found = space(granularity="module", layers=7)
+    kinds = ["attention", "mlp", "norm", "embedding"]  # the model has no head
+    assert [d.name for d in found.dimensions] == [f"{e}.{kind}" for e in ("add", "spam") for kind in kinds]
+    recipe = found.decode({d.name: i / 8 for i, d in enumerate(found.dimensions)})
+    for kind, weight in zip(kinds, (0.0, 0.125, 0.25, 0.375), strict=True):
+        names = [info.name for info in model() if info.kind == kind]
+        assert {weight_of(recipe, name) for name in names} == {weight}
+        assert {weight_of(recipe, name, expert=1) for name in names} == {weight + 0.5}
+
+
+def test_modules_of_layer_groups_have_weights_of_their_own():
+    found = space(granularity="layer_module", groups=2, layers=4, experts=("add",))
+    first = ["add[0-1].attention", "add[0-1].mlp", "add[0-1].norm", "add[0-1].embedding"]
+    second = ["add[2-3].attention", "add[2-3].mlp", "add[2-3].norm"]  # the embedding comes before the layers
+    assert [d.name for d in found.dimensions] == first + second
+    recipe = found.decode({name: i / 10 for i, name in enumerate(first + second)})
+    assert weight_of(recipe, "1.mlp", layers=4) == 0.1 and weight_of(recipe, "2.mlp", layers=4) == 0.5
+    assert weight_of(recipe, "embed", layers=4) == 0.3 and weight_of(recipe, "final_norm", layers=4) == 0.6
+
+
+def test_tensors_have_weights_of_their_own_and_the_rest_keeps_the_initial_one():
+    tensors = [info for info in model() if info.kind == "mlp"]
+    found = space(granularity="tensor", tensors=tensors, initial=0.5)
+    assert [d.name for d in found.dimensions[:2]] == ["add:0.mlp", "add:1.mlp"]
+    recipe = found.decode({d.name: i / 10 for i, d in enumerate(found.dimensions)})
+    assert [weight_of(recipe, f"{layer}.mlp") for layer in range(7)] == [i / 10 for i in range(7)]
+    assert weight_of(recipe, "3.attention") == weight_of(recipe, "embed") == 0.5
+
+
+def test_fixed_weights_do_not_move():
+    found = space(granularity="layer_groups", groups=2, fixed={"spam": 0.4, "add[0-2]": 1.1})
+    assert [d.name for d in found.dimensions] == ["add[3-6]"]
+    recipe = found.decode({"add[3-6]": 0.7})
+    assert recipe.groups == (Group((1.1, 0.4), (0, 3)), Group((0.7, 0.4), (3, 7)))
+    with pytest.raises(SpecError, match="not equal"):
+        found.encode(replace(recipe, groups=(Group((1.1, 0.5), (0, 3)), Group((0.7, 0.4), (3, 7)))))
+
+
+def test_tied_experts_share_their_weights():
+    found = space(experts=("add", "spam", "topic"), tied=[["add", "topic"]])
+    assert [d.name for d in found.dimensions] == ["add+topic", "spam"]
+    assert found.decode({"add+topic": 0.3, "spam": 0.8}).groups == (Group((0.3, 0.8, 0.3)),)
+
+
+# --- parameters and methods as dimensions
+
+
+def test_parameters_move_where_a_range_or_choices_stand():
+    params = {"density": {"range": [0.1, 1.0], "initial": 0.5, "log": True}, "mode": {"choices": ["sum", "mean"]}}
+    found = space("ties", params=params, initial=1)
+    assert [d.name for d in found.dimensions] == ["density", "mode", "add", "spam"]
+    assert found.initial() == {"density": 0.5, "mode": METHODS["ties"].params["mode"].default, "add": 1.0, "spam": 1.0}
+    recipe = found.decode({"density": 0.25, "mode": "sum", "add": 0.1, "spam": 0.2})
+    assert (recipe.params["density"], recipe.params["mode"], recipe.params["scale"]) == (0.25, "sum", 1.0)
+    assert set(found.fixed_params["ties"]) == set(METHODS["ties"].params) - {"density", "mode"}
+    with pytest.raises(SpecError, match="mode"):
+        found.decode({"density": 0.25, "mode": "mode", "add": 0.1, "spam": 0.2})
+
+
+CHOICE = {"choices": ["task_arithmetic", "ties", "dare_ties"], "initial": "ties"}
+CHOICE_PARAMS = {
+    "ties": {"density": {"range": [0.1, 1.0]}, "scope": "tensor"},
+    "dare_ties": {"density": {"range": [0.2, 0.9], "initial": 0.4}},
+}
+
+
+def test_the_method_is_a_choice_with_parameters_of_its_own():
+    found = space(CHOICE, params=CHOICE_PARAMS, initial=0.7)
+    assert [d.name for d in found.dimensions] == ["method", "ties.density", "dare_ties.density", "add", "spam"]
+    assert found.initial() == {"method": "ties", "ties.density": 0.2, "add": 0.7, "spam": 0.7}
+    dare = {"method": "dare_ties", "dare_ties.density": 0.3, "add": 0.1, "spam": 0.2}
+    recipe = found.decode(dare)
+    assert (recipe.method, recipe.params["density"], recipe.groups) == ("dare_ties", 0.3, (Group((0.1, 0.2)),))
+    assert found.encode(recipe) == dare
+    plain = {"method": "task_arithmetic", "add": 0.1, "spam": 0.2}
+    assert found.decode(plain).params == {"scale": 1.0} and found.encode(found.decode(plain)) == plain
+    with pytest.raises(SpecError, match="where the method is task_arithmetic"):
+        found.decode({**plain, "ties.density": 0.5})
+    with pytest.raises(SpecError, match=r"ties\.density"):
+        found.decode({**plain, "method": "ties"})
+
+
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=5))
+def test_any_shares_are_a_point(shares: list[float]):
+    found = space(CHOICE, params=CHOICE_PARAMS, initial=0.7)
+    point = found.at(shares)
+    assert found.encode(found.decode(point)) == point
+    assert found.encode(Recipe.from_dict(found.decode(point).to_dict())) == point
+
+
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
 def test_groups_are_contiguous_cover_all_and_differ_by_at_most_one(sizes: tuple[int, int]):
     num_layers, groups = sizes
@@ -80,8 +199,11 @@ def test_groups_are_contiguous_cover_all_and_differ_by_at_most_one(sizes: tuple[
     assert max(lengths) - min(lengths) <= 1
 
 
-granularities = st.sampled_from([{"granularity": "global"}, {"granularity": "task"}]) | st.integers(1, 7).map(
-    lambda g: {"granularity": "layer_groups", "groups": g}
+granularities = st.sampled_from(
+    [{"granularity": g} for g in ("global", "task", "layer", "module", "layer_module", "tensor")]
+    + [{"granularity": "task", "fixed": {"spam": 0.25}}, {"granularity": "layer", "tied": [["add", "spam"]]}]
+) | st.tuples(st.sampled_from(["layer_groups", "layer_module"]), st.integers(1, 7)).map(
+    lambda pair: {"granularity": pair[0], "groups": pair[1]}
 )
 
 
@@ -144,7 +266,7 @@ def test_recipes_hold_every_parameter_of_the_method():
     recipe = found.decode(found.initial())
     assert set(recipe.params) == set(METHODS["ties"].params)
     assert recipe.params["density"] == 0.5
-    assert found.fixed_params == recipe.params
+    assert found.fixed_params == {recipe.method: recipe.params}
 
 
 def test_to_dict_is_canonical():
@@ -166,7 +288,60 @@ def test_to_dict_is_canonical():
 
 REFUSED = {
     "an unknown method": ({"method": "tias"}, "space.method", ["tias", "'ties'"]),
-    "an unknown granularity": ({"granularity": "layer"}, "space.weights.granularity", ["'layer'", "layer_groups"]),
+    "an unknown granularity": ({"granularity": "layers"}, "space.weights.granularity", ["'layers'", "layer_groups"]),
+    "a group of modules too many": ({"granularity": "layer_module", "groups": 8}, "space.weights.groups", ["8", "7"]),
+    "modules of experts that change nothing": (
+        {"granularity": "module", "tensors": []},
+        "space",
+        ["no expert changes"],
+    ),
+    "layers of a model without": ({"granularity": "layer", "layers": 0}, "space.weights.granularity", ["layers"]),
+    "factors from 0 on": ({"log": True}, "space.weights", ["above 0"]),
+    "an unknown expert is fixed": ({"fixed": {"spma": 1.0}}, "space.weights.fixed", ["'spma'", "'spam'"]),
+    "everything is fixed": ({"fixed": {"add": 1.0, "spam": 0.5}}, "space", ["nothing moves"]),
+    "an expert is tied twice": ({"tied": [["add", "spam"], ["add", "spam"]]}, "space.weights.tied", ["'add'"]),
+    "an expert is tied and fixed": (
+        {"tied": [["add", "spam"]], "fixed": {"add": 1.0}},
+        "space.weights.tied",
+        ["'add'", "fixed"],
+    ),
+    "tied experts start apart": (
+        {"tied": [["add", "spam"]], "initial": {"add": 1.0, "spam": 0.5}},
+        "space.weights.initial",
+        ["tied"],
+    ),
+    "global and fixed": ({"granularity": "global", "fixed": {"add": 1.0}}, "space.weights", ["granularity: task"]),
+    "a density beyond 1": (
+        {"method": "ties", "params": {"density": {"range": [0.5, 1.5]}}},
+        "space.params.density",
+        ["1.5", "(0, 1]"],
+    ),
+    "a range of words": (
+        {"method": "ties", "params": {"mode": {"range": [0, 1]}}},
+        "space.params.mode",
+        ["choices: [mean, sum]"],
+    ),
+    "neither range nor choices": (
+        {"method": "ties", "params": {"density": {"initial": 0.5}}},
+        "space.params.density",
+        ["range", "choices"],
+    ),
+    "a start outside the range": (
+        {"method": "ties", "params": {"density": {"range": [0.5, 1.0]}}},
+        "space.params.density.initial",
+        ["0.2", "default"],
+    ),
+    "a method among the choices that does not exist": (
+        {"method": {"choices": ["ties", "tise"]}},
+        "space.method",
+        ["'tise'", "'ties'"],
+    ),
+    "methods by a range": ({"method": {"range": [0, 1]}}, "space.method", ["choices"]),
+    "parameters without their method": (
+        {"method": {"choices": ["ties", "dare_ties"]}, "params": {"density": 0.5}},
+        "space.params",
+        ["'density'", "ties"],
+    ),
     "an unknown parameter": ({"method": "ties", "params": {"densty": 0.5}}, "space.params.densty", ["'density'"]),
     "density 0": ({"method": "ties", "params": {"density": 0}}, "space.params.density", ["0", "(0, 1]"]),
     "density as text": ({"method": "ties", "params": {"density": "0.5"}}, "space.params.density", ["number", "'0.5'"]),
@@ -215,17 +390,40 @@ def test_not_even_a_mapping():
 
 
 @pytest.mark.parametrize(
-    ("name", "dimensions"), [("global.yaml", 1), ("task.yaml", 3), ("layer_groups.yaml", 18)], ids=str
+    ("name", "dimensions"),
+    [
+        ("global.yaml", 1),
+        ("task.yaml", 3),
+        ("layer_groups.yaml", 18),
+        ("layer.yaml", 90),
+        ("module.yaml", 6),
+        ("layer_module.yaml", 18),
+        ("tensor.yaml", 630),
+        ("ties_density.yaml", 4),
+        ("method_choice.yaml", 6),
+    ],
+    ids=str,
 )
 def test_shipped(name: str, dimensions: int):
-    """The shipped files say how many dimensions they have for 3 experts, and that is so."""
+    """The shipped files say how many dimensions they have for 3 LoRA experts of a 30-layer model, and that is so."""
     text = (SHIPPED / name).read_text()
-    found = Space.from_dict(yaml.safe_load(text), template=template("a", "b", "c"), num_layers=30, where=name)
+    tensors = [
+        TensorInfo(f"{layer}.{kind}.{i}", kind, layer, 30)
+        for layer in range(30)
+        for kind, count in (("attention", 4), ("mlp", 3))
+        for i in range(count)
+    ]
+    found = Space.from_dict(
+        yaml.safe_load(text), template=template("a", "b", "c"), num_layers=30, tensors=tensors, where=name
+    )
     assert len(found.dimensions) == dimensions
-    assert "# Dimensions:" in text
+    assert re.search(
+        rf"# Dimensions:.*\b{dimensions}( dimensions?\b|\)|,|;|$)", text.replace("\n# ", " "), re.MULTILINE
+    )
     assert "# When to use:" in text
     found.decode(found.initial())
 
 
 def test_every_shipped_space_is_tested():
-    assert sorted(path.name for path in SHIPPED.iterdir()) == ["global.yaml", "layer_groups.yaml", "task.yaml"]
+    (shipped,) = [mark for mark in test_shipped.pytestmark if mark.name == "parametrize"]
+    assert sorted(path.name for path in SHIPPED.iterdir()) == sorted(name for name, _ in shipped.args[1])

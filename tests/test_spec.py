@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "an option out of range": ({"search.sigma": 0}, "search.sigma", ["0", "(0, 1]"]),
     "an option of the wrong type": ({"search.population": 7.5}, "search.population", ["7.5", "whole"]),
     "options in a mapping": ({"search.options": {"sigma": 1}}, "search", ["'options'", "beside"]),
-    "an unknown granularity": ({"space.weights.granularity": "layer"}, "space.weights.granularity", ["'layer'"]),
+    "an unknown granularity": ({"space.weights.granularity": "layers"}, "space.weights.granularity", ["'layers'"]),
     "a range upside down": ({"space.weights.range": [1.5, 0]}, "space.weights.range", ["1.5", "0", "Swap"]),
     "density 0": ({"space.params.density": 0}, "space.params.density", ["0", "(0, 1]", "ties"]),
     "no expert": ({"experts": {}}, "experts", ["empty"]),

@@ -24,6 +24,7 @@ import sqlalchemy as sa
 
 from evomerge import database as db
 from evomerge import lock as locking
+from evomerge.dimensions import Dimension
 from evomerge.errors import StudyError
 from evomerge.evaluation import Item, Outcome
 from evomerge.store import Evaluation, Store
@@ -35,7 +36,8 @@ ITEMS = [
     for task in TASKS
     for i in range(4)
 ]
-RECORD = {"spec": {"name": "s"}, "budget": 30, "dimensions": {"x": [0.0, 2.0], "y": [-1.0, 1.0]}}
+DIMENSIONS = [Dimension("x", 0.0, 2.0, 0.0).to_dict(), Dimension("y", -1.0, 1.0, 0.0).to_dict()]
+RECORD = {"spec": {"name": "s"}, "budget": 30, "dimensions": DIMENSIONS}
 
 
 def outcomes_of(n: int, split: str = "search") -> tuple[Outcome, ...]:

@@ -148,6 +148,14 @@ def test_the_reproducible_schedule_gives_one_study_whatever_the_workers_and_the_
     assert scores(shuffled) == scores(alone)
 
 
+def test_a_grid_ends_the_search_when_all_of_it_was_tried(write):
+    """2 experts x 2 groups with 2 values each, and the initial point between them."""
+    store = run(write(search={"method": "grid", "steps": 2, "budget": 30}))
+    assert len(store.trials()) == 1 + 2**4
+    assert len({t.recipe_hash for t in store.trials()}) == 1 + 2**4
+    assert store.evaluations("test")
+
+
 @pytest.mark.parametrize(
     ("search", "most"),
     [

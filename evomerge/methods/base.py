@@ -12,12 +12,10 @@ from torch import Tensor
 from evomerge.errors import MethodError, nearest
 from evomerge.params import Param
 
-KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
-
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Which tensor, or which flat slice of it, a method is looking at.
+    """Which tensor, or which flat slice of it, a method is looking at. ``kind`` is among ``recipe.KINDS``.
 
     ``shape`` is the whole tensor's; ``start`` is the flat (row-major) offset of the first entry that was handed over,
     so that a method with random draws or per-tensor state gives the same numbers for a slice as for the whole.

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import SpecError, nearest
 from evomerge.searchers.base import Point, Searcher, Told
 from evomerge.searchers.cma import CMASearcher
+from evomerge.searchers.gp import GPSearcher
+from evomerge.searchers.grid import GridSearcher
 from evomerge.searchers.random import RandomSearcher
+from evomerge.searchers.sobol import SobolSearcher
 from evomerge.searchers.tpe import TPESearcher
 
 if TYPE_CHECKING:
@@ -16,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SEARCHERS", "Point", "Searcher", "Told", "make"]
 
-SEARCHERS: Mapping[str, type[Searcher]] = {s.name: s for s in (CMASearcher, TPESearcher, RandomSearcher)}
+SEARCHERS: Mapping[str, type[Searcher]] = {
+    s.name: s for s in (CMASearcher, TPESearcher, GPSearcher, RandomSearcher, SobolSearcher, GridSearcher)
+}
 
 
 def make(name: str, space: Space, seed: int = 0, **options: Any) -> Searcher:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from evomerge.dimensions import Point
 from evomerge.errors import MethodError, SpecError, StudyError, nearest
 from evomerge.params import Param
 
 if TYPE_CHECKING:
     from evomerge.space import Space
-
-Point = dict[str, float]  # dimension name -> value, in the space's own units
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,7 @@ def keyed_generator(seed: int, *key: int) -> np.random.Generator:
 
 def uniform_point(space: Space, generator: np.random.Generator) -> Point:
     """A point drawn uniformly from the box of ``space``."""
-    draws = generator.random(len(space.dimensions))
-    return {
-        d.name: min(d.low + float(u) * (d.high - d.low), d.high) for d, u in zip(space.dimensions, draws, strict=True)
-    }
+    return space.at(generator.random(len(space.dimensions)).tolist())
 
 
 def check_options(name: str, params: Mapping[str, Param], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +86,11 @@ class Searcher(ABC):
     def __init__(self, space: Space, *, seed: int = 0, **options: Any):
         self.space, self.seed = space, seed
         self.options = check_options(self.name or type(self).__name__, self.params, options)
+
+    @property
+    def size(self) -> int | None:
+        """How many proposals there are, the initial point included; None: as many as wanted."""
+        return None
 
     @abstractmethod
     def needs(self, n: int) -> int:

@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from evomerge.errors import SpecError
 from evomerge.params import Param
 from evomerge.searchers.base import Point, Searcher, Told, keyed_generator
 
@@ -97,8 +98,12 @@ class CMASearcher(Searcher):
 
     def __init__(self, space: Any, *, seed: int = 0, **options: Any):
         super().__init__(space, seed=seed, **options)
-        self._low = np.array([d.low for d in space.dimensions])
-        self._width = np.array([d.high for d in space.dimensions]) - self._low
+        chosen = [d.name for d in space.dimensions if d.choices]
+        if chosen:
+            raise SpecError(
+                f"searcher cma moves numbers, but {', '.join(chosen)} is a choice between words",
+                remedy="Use search.method tpe or random, or fix it.",
+            )
         self._names = [d.name for d in space.dimensions]
         self._generator = keyed_generator(seed)  # replaced before every draw
         self._starts = [0]  # the number of trials told when each generation began, over all restarts
@@ -108,7 +113,7 @@ class CMASearcher(Searcher):
         self._run = 0
         self._means: list[tuple[float, np.ndarray]] = []  # of each run: (median score of its last generation, its mean)
         initial = space.initial()
-        self._begin(np.clip((np.array([initial[n] for n in self._names]) - self._low) / self._width, 0, 1))
+        self._begin(np.array([d.share(initial[d.name]) for d in space.dimensions]))
 
     @property
     def population(self) -> int:
@@ -148,11 +153,8 @@ class CMASearcher(Searcher):
         return self._point(max(self._means, key=lambda run: run[0])[1])
 
     def _point(self, x: np.ndarray) -> Point:
-        """x: (dimensions,), pycma's -> a point in the space's units, never outside its bounds by rounding."""
-        return {
-            d.name: min(max(d.low + float(u) * (d.high - d.low), d.low), d.high)
-            for d, u in zip(self.space.dimensions, squash(x), strict=True)
-        }
+        """x: (dimensions,), pycma's -> a point in the space's units."""
+        return self.space.at(squash(x).tolist())
 
     def _begin(self, start: np.ndarray) -> None:
         """A new run of pycma from ``start``: (dimensions,) in the unit cube."""

@@ -1,4 +1,4 @@
-"""The tree-structured Parzen estimator: Optuna's, on a study in memory that only this searcher sees.
+"""The tree-structured Parzen estimator: Optuna's.
 
 Bergstra et al., "Algorithms for Hyper-Parameter Optimization" (2011), section 4; in Optuna 5 multivariate, with the
 constant liar: trials that are still open count among the bad ones, so that parallel proposals spread.
@@ -6,76 +6,18 @@ constant liar: trials that are still open count among the bad ones, so that para
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from evomerge.params import Param
-from evomerge.searchers.base import Point, Searcher, Told, keyed_generator, uniform_point
+from evomerge.searchers.optuna_study import OptunaSearcher
 
 
-class TPESearcher(Searcher):
-    """Optuna's TPESampler by ask and tell.
-
-    Proposal 0 is the initial point, proposals 1 .. ``n_startup`` - 1 are uniform. Each proposal has a sampler seeded
-    from (seed, n), so that it depends on what was proposed and told, and on nothing else.
-
-    On the reproducible schedule at most ``window`` proposals are open at once, the new one included: trial n waits for
-    the first max(0, n - window + 1). The window is part of the search: another number of workers changes nothing, but
-    more workers than ``window`` stay idle, and a larger window learns later.
-    """
+class TPESearcher(OptunaSearcher):
+    """Optuna's TPESampler by ask and tell."""
 
     name = "tpe"
     summary = "Optuna's tree-structured Parzen estimator; keeps up to `window` workers busy"
-    params: ClassVar[Mapping[str, Param]] = {
-        "n_startup": Param(int, 10, "proposals before the model is used: the initial point, then uniform ones", low=1),
-        "window": Param(int, 4, "most trials open at once on the reproducible schedule; 1 is purely sequential", low=1),
-    }
 
-    def __init__(self, space: Any, *, seed: int = 0, **options: Any):
-        super().__init__(space, seed=seed, **options)
-        import optuna
-
-        self._optuna = optuna
-        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            d.name: optuna.distributions.FloatDistribution(d.low, d.high) for d in space.dimensions
-        }
-        verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study in memory is nobody's news
-        try:
-            self._study = optuna.create_study(direction="maximize", storage=optuna.storages.InMemoryStorage())
-        finally:
-            optuna.logging.set_verbosity(verbosity)
-
-    def needs(self, n: int) -> int:
-        return max(0, n - self.options["window"] + 1)
-
-    def ask(self, n: int) -> Point:
-        if n < self.options["n_startup"]:
-            point = self.space.initial() if n == 0 else uniform_point(self.space, keyed_generator(self.seed, n))
-            self.replay(n, point)
-            return point
-        seed = int(keyed_generator(self.seed, n).integers(2**32))
-        self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.options["n_startup"])
-        trial = self._study.ask(fixed_distributions=self._distributions)
-        if trial.number != n:
-            raise ValueError(f"proposals are asked for in order: expected {trial.number}, not {n}")
-        proposed = trial.params  # a deep copy on every access
-        return {name: float(proposed[name]) for name in self._distributions}
-
-    def replay(self, n: int, point: Point) -> None:
-        """Record ``point`` as proposal n, open. Nothing is drawn again: later draws are keyed by (seed, n) alone."""
-        if len(self._study.get_trials(deepcopy=False)) != n:
-            raise ValueError(f"proposals are asked for in order, but {n} is not the next")
-        state = self._optuna.trial.TrialState.RUNNING
-        self._study.add_trial(
-            self._optuna.trial.create_trial(state=state, params=dict(point), distributions=self._distributions)
+    def sampler(self, seed: int) -> Any:
+        return self._optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=self.options["n_startup"], group=self.conditional
         )
-
-    def tell(self, trial: Told) -> None:
-        states = self._optuna.trial.TrialState
-        if trial.state == "complete" and trial.score is not None and math.isfinite(trial.score):
-            self._study.tell(trial.n, trial.score)
-        else:
-            pruned = trial.state == "pruned"
-            self._study.tell(trial.n, state=states.PRUNED if pruned else states.FAIL)

@@ -44,6 +44,18 @@ def make_space(
     return Space.from_dict({"method": "task_arithmetic", "weights": weights}, template=template, num_layers=8)
 
 
+def make_mixed_space(choice: bool = True) -> Space:
+    """A space with a number by factors, a truth value, fixed and tied weights; with ``choice`` the method as well."""
+    params: dict[str, Any] = {"ties": {"density": {"range": [0.05, 1.0], "log": True}}}
+    if choice:
+        params["ties"]["normalize"] = {"choices": [True, False]}
+        params["dare_ties"] = {"density": {"range": [0.2, 0.9]}}
+    methods = {"choices": ["ties", "dare_ties", "task_arithmetic"]} if choice else "ties"
+    weights = {"granularity": "task", "range": [0.1, 2.0], "log": True, "tied": [["e0", "e1"]], "fixed": {"e2": 0.5}}
+    data = {"method": methods, "params": params if choice else params["ties"], "weights": weights}
+    return Space.from_dict(data, template=make_space(experts=4).template, num_layers=8)
+
+
 def smooth(point: Point) -> float:
     """Higher is better, highest (0) where every coordinate is 0.6; different scales and one interaction."""
     z = [(value - 0.6) * (1 + 0.5 * (i % 3)) for i, value in enumerate(point.values())]
@@ -96,7 +108,7 @@ class MemoryStudy:
 
     def may_ask(self, budget: int) -> bool:
         n = len(self.points)
-        if n >= budget:
+        if n >= min(budget, self.searcher.size or budget):
             return False
         return self.schedule == "asynchronous" or all(k in self.results for k in range(self.searcher.needs(n)))
 
@@ -158,6 +170,7 @@ class SearcherContract:
 
     searcher: type[Searcher]
     options: ClassVar[Mapping[str, Any]] = {}
+    draws: ClassVar[bool] = True  # False: the proposals do not depend on the seed
     improves_within: ClassVar[int | None] = 60  # trials in 6 dimensions; None: the searcher does not learn
     budget: ClassVar[int] = 30
     kill_budget: ClassVar[int] = 18  # trials of the study that is killed after each of its steps
@@ -184,6 +197,30 @@ class SearcherContract:
             assert all(type(value) is float for value in point.values())
             assert space.encode(space.decode(point)) == point  # decode refuses a point outside the bounds
 
+    @pytest.mark.parametrize("choice", [False, True], ids=["by factors", "with a choice of methods"])
+    def test_mixed_spaces_are_searched_or_refused_with_a_searcher_that_can(self, choice: bool):
+        space = make_mixed_space(choice)
+        try:
+            self.make(space)
+        except SpecError as error:
+            assert choice and "method" in str(error) and "random" in str(error)
+            return
+
+        def score(point: Point) -> float:
+            return -sum((float(v) - 0.6) ** 2 for v in point.values() if type(v) is float) - (
+                point.get("method") != "ties"
+            )
+
+        whole = self.study(score, space=space, workers=3).run(self.budget)
+        for point in whole.points:
+            assert space.encode(space.decode(point)) == point
+        budget = min(self.budget, self.make(space).size or self.budget)
+        assert len({json.dumps(point) for point in whole.points}) == budget
+        for steps in range(0, 2 * self.kill_budget, 3):
+            study = self.study(score, space=space, workers=3).run(self.kill_budget, steps=steps).kill()
+            study.run(self.kill_budget, steps=5)
+            assert study.points == whole.points[: len(study.points)], f"killed after {steps} steps"
+
     def test_first_point_is_the_initial_one(self):
         space = make_space(initial=0.3)
         assert self.make(space).ask(0) == space.initial()
@@ -201,7 +238,7 @@ class SearcherContract:
     def test_same_seed_same_points(self):
         first, again, other = (self.study(seed=seed).run(self.budget).points for seed in (0, 0, 1))
         assert first == again
-        assert first[1:] != other[1:]
+        assert (first[1:] != other[1:]) == self.draws
 
     def test_global_generators_do_not_matter(self):
         """Truth: nobody relies on global random state, and nobody touches it."""
