@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,7 +59,9 @@ class OptunaSearcher(Searcher):
             self.replay(n, point)
             return point
         seed = int(keyed_generator(self.seed, n).integers(2**32))
-        self._study.sampler = self.sampler(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)  # a pinned version is known
+            self._study.sampler = self.sampler(seed)
         trial = self._study.ask(fixed_distributions=None if self.conditional else self._distributions)
         if self.conditional:
             method = self._suggest(trial, METHOD)
