@@ -29,8 +29,9 @@ def shown(path: Path) -> str:
 
 def step(title: str, *command: str | Path, accept: tuple[int, ...] = (0,)) -> None:
     """Run a command with its output on this terminal; ends the demo if it fails."""
-    say(f"\n== {title}\n$ {' '.join(shown(Path(c)) if isinstance(c, Path) else c for c in command)}")
-    code = subprocess.call([*python(command[0]), *map(str, command[1:])])
+    words = [shown(c) if isinstance(c, Path) else c for c in command]
+    say(f"\n== {title}\n$ {' '.join(words)}")
+    code = subprocess.call([*python(command[0]), *words[1:]])
     if code not in accept:
         say(f"\nThe demo stopped at this step (exit code {code}). Run `make demo` again to go on from here.")
         sys.exit(code)
