@@ -98,6 +98,7 @@ class Evaluator:
 
     needs: Literal["model", "checkpoint"] = "model"
     auto_class: str = "AutoModelForCausalLM"  # the transformers class that loads the resident model
+    unused: Sequence[str] = ()  # beginnings of names of its parameters that are never looked at: a base may lack them
 
     def __init__(self, context: EvaluatorContext):
         self.context = context

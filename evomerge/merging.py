@@ -335,13 +335,16 @@ def _naming(source: Source, role: str) -> Iterator[None]:
         raise CheckpointError(error.problem, where=where, remedy=error.remedy) from None
 
 
-def load_resident(base_path: str | Path, *, auto_class: str, compute_dtype: str, device: str = "cpu") -> Any:
+def load_resident(
+    base_path: str | Path, *, auto_class: str, compute_dtype: str, device: str = "cpu", unused: Sequence[str] = ()
+) -> Any:
     """The base as a transformers model to merge into: in evaluation mode, without gradients, in ``compute_dtype``.
 
     Args:
         base_path: a Hugging Face folder (or an id in the local cache).
         auto_class: a transformers class such as ``AutoModelForCausalLM``.
         compute_dtype: ``float32``, ``bfloat16``, ...
+        unused: beginnings of the names of parameters that nobody looks at, so that the folder may lack them.
 
     Raises EvaluatorError for an unknown class, CheckpointError if the folder lacks a tensor that the class needs (it
     would be filled at random) or cannot be loaded.
@@ -371,7 +374,7 @@ def load_resident(base_path: str | Path, *, auto_class: str, compute_dtype: str,
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(tuple(unused)))
     if missing:
         raise CheckpointError(
             f"{folder} lacks {some(missing)}, which {auto_class} needs and would fill at random",

@@ -15,7 +15,7 @@ from evomerge.merging import Merger, load_resident, open_sources
 from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
 from evomerge.store import Store
-from evomerge.worker import settle
+from evomerge.worker import load_tokenizer, settle
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
             auto_class=plan.evaluator.auto_class,
             compute_dtype=spec.compute_dtype,
             device=plan.worker.device,
+            unused=plan.evaluator.unused,
         )
         tokenizer_folder = target
         recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None
@@ -75,15 +76,13 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
             auto_class=plan.evaluator.auto_class,
             compute_dtype=spec.compute_dtype,
             device=plan.worker.device,
+            unused=plan.evaluator.unused,
         )
         Merger(sources, device=plan.worker.device).into(model, recipe)
         tokenizer_folder = Path(recipe.base.path)
     else:
         raise SpecError(f"{target} is neither a checkpoint folder nor a recipe file", remedy="Check the path.")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    place = Target(model, tokenizer, plan.worker.device)
+    place = Target(model, load_tokenizer(tokenizer_folder), plan.worker.device)
     plan.evaluator.prepare(place, plan.items)
     ids = plan.item_ids(split)
     try:

@@ -65,9 +65,13 @@ class Worker:
             )
         self.items = self._load_items()
         model = load_resident(
-            base_path, auto_class=self.evaluator.auto_class, compute_dtype=spec.compute_dtype, device=spec.device
+            base_path,
+            auto_class=self.evaluator.auto_class,
+            compute_dtype=spec.compute_dtype,
+            device=spec.device,
+            unused=self.evaluator.unused,
         )
-        self.target = Target(model, _load_tokenizer(base_path), spec.device)
+        self.target = Target(model, load_tokenizer(base_path), spec.device)
         with _evaluators_fault(spec.evaluator, "prepare"):
             self.evaluator.prepare(self.target, list(self.items.values()))
 
@@ -209,7 +213,7 @@ def settle(*, threads: int, device: str = "cpu") -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer; None if the folder holds none (as for models of other things than text)."""
     from transformers import AutoTokenizer
 
