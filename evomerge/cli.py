@@ -58,6 +58,24 @@ def _example(text: str) -> str:
     return f"Example: {text}"
 
 
+@app.command(epilog=_example("evomerge init my-search"))
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet, or is empty.")],
+) -> None:
+    """Make a folder with an experiment that runs at once. On a tiny family; its comments lead to your own models."""
+    from evomerge.progress import Progress
+    from evomerge.scaffold import scaffold
+
+    with Progress().stage("training a tiny base and two experts", 1) as stage:
+
+        def report(done: int, total: int) -> None:
+            stage.total = total
+            stage.update(done)
+
+        made = scaffold(folder, report)
+    print(f"made {made}\nNext:\n  cd {folder}\n  evomerge run experiment.yaml")
+
+
 @app.command(epilog=_example("evomerge run experiment.yaml --budget 200 --workers 4"))
 def run(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")],

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from evomerge.folders import optional_files, read_json, tokenizer_files
 from evomerge.merging import SHARD_SIZE, Merger, Report, open_sources, torch_dtype
 from evomerge.modelcard import model_card
 from evomerge.recipe import Recipe
+from evomerge.writing import check_out, sync, whole_folder
 
 MANIFEST, RECIPE_FILE, CARD_FILE = "evomerge_manifest.json", "recipe.yaml", "README.md"
 
@@ -33,8 +31,7 @@ def export(
 ) -> Path:
     """Merge ``recipe`` and write a checkpoint that transformers loads: weights, config, tokenizer, recipe, model card.
 
-    All is written into a temporary folder beside ``out``, synchronised, and renamed at the end; whatever goes wrong,
-    the temporary folder is removed and ``out`` is as it was.
+    All is written into a temporary folder beside ``out``, synchronised, and renamed at the end (``whole_folder``).
 
     Args:
         out: a folder that does not exist yet, or is empty.
@@ -47,24 +44,13 @@ def export(
     source cannot be used.
     """
     out = Path(out).absolute()
-    _check_out(out)
+    check_out(out)
     sources = open_sources(recipe)
     _check_space(out, sources, recipe)
-    temporary = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        temporary.chmod(0o777 & ~_umask())
-        hashes = Merger(sources, device=device).stream(recipe, temporary, shard_size=shard_size, progress=progress)
-        _write_companions(temporary, sources, recipe, card or {})
-        _write_manifest(temporary, recipe, hashes)
-        temporary.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        raise _write_error(out, error) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(out) as folder:
+        hashes = Merger(sources, device=device).stream(recipe, folder, shard_size=shard_size, progress=progress)
+        _write_companions(folder, sources, recipe, card or {})
+        _write_manifest(folder, recipe, hashes)
     return out
 
 
@@ -84,16 +70,6 @@ def is_complete_export(path: str | Path, *, hashes: bool = False) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(files)
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir():
-        if any(out.iterdir()):
-            raise CheckpointError(
-                f"the output folder {out} is not empty", remedy="Choose another one, or empty it. Nothing was written."
-            )
-    elif out.exists() or out.is_symlink():
-        raise CheckpointError(f"the output folder {out} is a file", remedy="Choose another name.")
 
 
 def _check_space(out: Path, sources: Sources, recipe: Recipe) -> None:
@@ -150,41 +126,15 @@ def _write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str]) -> 
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if name not in hashes:
-            _sync(file)
+            sync(file)
         if file.is_file():
             files[name] = {"size": file.stat().st_size, "sha256": hashes.get(name) or _sha256(file)}
     manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
-
-
-def _write_error(out: Path, error: OSError) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"the disk is full: {out} could not be written",
-            remedy="Free some space, or choose another output folder. What had been written was removed.",
-        )
-    return CheckpointError(
-        f"{out} could not be written: {error.strerror or error}",
-        remedy="Check the folder and its rights, or choose another one. What had been written was removed.",
-    )
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import string
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -100,6 +102,44 @@ def make_family(folder: Path, *, experts: int = 2, kind: str = "lora") -> Path:
     make = save_lora_expert if kind == "lora" else save_dense_expert
     for t in range(experts):
         make(base, folder / f"expert{t}", seed=t + 1)
+    return folder
+
+
+def train_family(
+    folder: Path,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    steps: int = 120,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """``folder/base``, trained a little on all ``texts``, and ``folder/NAME`` for each name, trained on its own.
+
+    A few seconds on a CPU. Every expert is better than the base at its own texts and worse at the others'.
+
+    Args:
+        steps: of 16 texts each, for the base and again for each expert.
+        progress: called with (steps done, steps in all).
+    """
+    from transformers import AutoModelForCausalLM
+
+    everything = [text for group in texts.values() for text in group]
+    base = save_model(folder / "base", llama_config(), seed=0, dtype=torch.float32)
+    tok, done, total = tokenizer(), 0, steps * (1 + len(texts))
+    for seed, (name, group) in enumerate({"base": everything, **texts}.items()):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        draw = random.Random(seed)
+        for _ in range(steps // 4 if name == "base" else steps):
+            batch = tok(draw.choices(group, k=16), padding=True, return_tensors="pt")
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            model(**batch, labels=labels).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            done += 4 if name == "base" else 1
+            if progress is not None:
+                progress(done, total)
+        model.bfloat16().save_pretrained(folder / name)
+        tok.save_pretrained(folder / name)
     return folder
 
 
