@@ -168,13 +168,18 @@ def leaderboard(
 def show(
     study: StudyArgument,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, best, or a control's name.")],
+    format: Annotated[
+        str, typer.Option("--format", help="text; recipe or mergekit: the merge alone, as YAML for either tool.")
+    ] = "text",
     storage: Storage = None,
 ) -> None:
     """Show one trial in full. Recipe, scores, timing, attempts, failure."""
+    _choice("--format", format, ("text", "recipe", "mergekit"))
     from evomerge.launch import open_study
-    from evomerge.showing import show_trial
+    from evomerge.showing import show_recipe, show_trial
 
-    print(show_trial(open_study(study, storage), trial))
+    store = open_study(study, storage)
+    print(show_trial(store, trial) if format == "text" else show_recipe(store, trial, format))
 
 
 @app.command(epilog=_example("evomerge export experiment.yaml --trial best --out merged"))
@@ -199,7 +204,7 @@ def export(
 
 @app.command(epilog=_example("evomerge merge recipe.yaml --out merged"))
 def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, or a mergekit configuration.")],
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu or cuda.")] = "cpu",

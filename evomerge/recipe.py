@@ -138,7 +138,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        """A recipe from plain data: what ``to_dict`` gives, or the short form that people write.
+        """A recipe from plain data: what ``to_dict`` gives, the short form people write, or a mergekit configuration.
 
         The short form may leave out hashes and everything that has a default, gives ``base`` as a path, ``experts`` as
         {name: path}, and ``weights`` (one number, or {name: number}) at the top level instead of ``groups``.
@@ -203,11 +203,9 @@ class _Reader:
         if not isinstance(data, Mapping):
             raise self.error("", f"a recipe is a table of keys, but this is {_shown(data)}")
         if "merge_method" in data:
-            raise self.error(
-                "merge_method",
-                "this is a mergekit configuration, which this version does not read",
-                "Write it as a recipe: method, base, experts: {name: folder}, weights: {name: number}.",
-            )
+            from evomerge.mergekit_yaml import from_mergekit
+
+            return from_mergekit(data, where=self.where, folder=self.folder)
         self.known_keys("", data, KEYS)
         if data.get("evomerge_recipe", FORMAT) != FORMAT:
             raise self.error(

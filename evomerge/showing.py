@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -101,6 +102,17 @@ def show_trial(store: Store, name: str) -> str:
             lines.append(textwrap.indent(attempt.detail.rstrip(), "  | "))
     lines += [f"recipe    {recipe.hash}", textwrap.indent(recipe.to_yaml().rstrip(), "  ")]
     return "\n".join(lines)
+
+
+def show_recipe(store: Store, name: str, format: str) -> str:
+    """One trial's recipe as YAML: evomerge's own (``recipe``) or ``mergekit``'s."""
+    from evomerge.mergekit_yaml import to_mergekit
+
+    _, recipe = resolve_subject(store, name)
+    if format == "recipe":
+        return recipe.to_yaml().rstrip()
+    lora = [s.name for s in recipe.experts if (Path(s.path) / "adapter_config.json").exists()]
+    return yaml.safe_dump(to_mergekit(recipe, lora=lora), sort_keys=False, default_flow_style=None, width=120).rstrip()
 
 
 def describe_plan(plan: Plan, options: Options) -> str:

@@ -241,10 +241,6 @@ def test_not_a_table():
     refused("ties")
 
 
-def test_a_mergekit_file_says_so():
-    refused({"merge_method": "ties", "models": [], "dtype": "bfloat16"}, "mergekit")
-
-
 @pytest.mark.parametrize(
     "text",
     ["a: !!python/object/apply:os.system ['echo hi']", "a: [1", "\x00", "!!python/name:os.system", "seed: 1\nseed: 2"],

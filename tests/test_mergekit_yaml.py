@@ -1,0 +1,278 @@
+"""mergekit's configurations in and out: what they mean, tensor by tensor, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evomerge.checkpoints import open_checkpoint
+from evomerge.errors import EvomergeError, SpecError
+from evomerge.mergekit_yaml import to_mergekit
+from evomerge.recipe import Group, Recipe, Source
+
+LAYERS = 4
+
+
+@pytest.fixture
+def read(dense_family: Path, tmp_path: Path):
+    """The recipe of a configuration in a file; base, a and b stand for the family's folders."""
+
+    def load(text: str, *, family: Path = dense_family) -> Recipe:
+        for name, folder in (("BASE", "base"), ("EXPERT_A", "expert0"), ("EXPERT_B", "expert1")):
+            text = text.replace(name, str(family / folder))
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return Recipe.load(path)
+
+    return load
+
+
+@pytest.fixture
+def tensors(dense_family: Path):
+    return open_checkpoint(dense_family / "base")
+
+
+def numbers(recipe: Recipe, tensors, name: str) -> tuple[tuple[float, ...], dict[str, Any]]:
+    info = tensors.info(name)
+    return recipe.group_for(info).weights, recipe.params_for(info)
+
+
+TIES = """
+merge_method: ties
+base_model: BASE
+models:
+  - model: BASE
+  - model: EXPERT_A
+    parameters: {weight: 0.5, density: 0.7}
+  - model: EXPERT_B
+    parameters: {weight: 0.3, density: 0.7}
+parameters: {normalize: true, int8_mask: true, lambda: 0.9}
+dtype: float16
+"""
+
+
+def test_ties(read):
+    """mergekit's sum of what agrees, divided by the weights that agree, times lambda."""
+    recipe = read(TIES)
+    assert (recipe.method, recipe.groups, recipe.export_dtype) == ("ties", (Group((0.5, 0.3)),), "float16")
+    assert recipe.params == {"density": 0.7, "mode": "sum", "normalize": True, "scale": 0.9, "scope": "tensor"}
+    assert [source.name for source in recipe.experts] == ["expert0", "expert1"]
+
+
+def test_defaults_are_mergekits(read):
+    """The stored dtype; density 1; ties normalises, dare_ties and task_arithmetic do not; DARE matches L1 norms."""
+    models = "models: [{model: EXPERT_A, parameters: {weight: 1}}, {model: EXPERT_B, parameters: {weight: 3}}]"
+    for method, expected in (
+        ("ties", {"density": 1.0, "normalize": True, "mode": "sum"}),
+        ("dare_ties", {"density": 1.0, "normalize": False, "mode": "sum", "rescale": "l1"}),
+        ("dare_linear", {"density": 1.0, "rescale": "l1"}),
+        ("task_arithmetic", {"scale": 1.0}),
+        ("linear", {"normalize": True}),
+    ):
+        recipe = read(f"merge_method: {method}\nbase_model: BASE\n{models}")
+        assert recipe.groups == (Group((1.0, 3.0)),) and recipe.export_dtype == "bfloat16"
+        assert expected.items() <= recipe.params.items()
+
+
+def test_task_arithmetic_that_normalises_divides_the_weights(read):
+    models = "models: [{model: EXPERT_A, parameters: {weight: 1}}, {model: EXPERT_B, parameters: {weight: 3}}]"
+    recipe = read(f"merge_method: task_arithmetic\nbase_model: BASE\nparameters: {{normalize: true}}\n{models}")
+    assert recipe.groups == (Group((0.25, 0.75)),)
+
+
+SLERP = """
+merge_method: slerp
+base_model: BASE
+slices:
+  - sources:
+      - {model: BASE, layer_range: [0, 4]}
+      - {model: EXPERT_A, layer_range: [0, 4]}
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+    - value: 0.5
+dtype: bfloat16
+"""
+
+
+def test_slerp_with_gradients_and_filters(read, tensors):
+    """Five values over four layers: layer 1 lies at 4/3, a third of the way from the second value to the third."""
+    recipe = read(SLERP)
+    assert recipe.experts[0].path == recipe.base.path
+    attention = [0.0, 0.5 + (0.3 - 0.5) / 3, 0.3 + (0.7 - 0.3) * 2 / 3, 1.0]
+    mlp = [1.0, 0.5 + (0.7 - 0.5) / 3, 0.7 + (0.3 - 0.7) * 2 / 3, 0.0]
+    for layer in range(LAYERS):
+        for part, expected in (("self_attn.q_proj", attention[layer]), ("mlp.up_proj", mlp[layer])):
+            _, params = numbers(recipe, tensors, f"model.layers.{layer}.{part}.weight")
+            assert params["t"] == pytest.approx(expected, abs=1e-12)
+        assert numbers(recipe, tensors, f"model.layers.{layer}.input_layernorm.weight")[1]["t"] == 0.5
+    assert numbers(recipe, tensors, "model.embed_tokens.weight")[1]["t"] == 0.5
+
+
+def test_a_gradients_first_value_is_for_all_outside_the_layers(read, tensors):
+    recipe = read(
+        "merge_method: linear\nmodels: [{model: EXPERT_A, parameters: {weight: [0, 1]}}, {model: EXPERT_B, parameters: "
+        "{weight: [1, 0.25]}}]"
+    )
+    assert recipe.base is None
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert numbers(recipe, tensors, name)[0] == (0.0, 1.0)
+    assert numbers(recipe, tensors, "model.layers.2.mlp.up_proj.weight")[0] == pytest.approx((2 / 3, 0.5))
+
+
+SLICES = """
+merge_method: task_arithmetic
+base_model: BASE
+slices:
+  - sources:
+      - {model: BASE, layer_range: [0, 1]}
+      - {model: EXPERT_A, layer_range: [0, 1], parameters: {weight: 0.5}}
+      - {model: EXPERT_B, layer_range: [0, 1], parameters: {weight: 0.25}}
+  - sources:
+      - {model: BASE, layer_range: [1, 4]}
+      - {model: EXPERT_A, layer_range: [1, 4], parameters: {weight: [0, 1]}}
+      - {model: EXPERT_B, layer_range: [1, 4], parameters: {weight: 0.75}}
+    parameters: {lambda: 2}
+"""
+
+
+def test_plain_slices(read, tensors):
+    """A gradient runs over its own slice; embeddings read the first slice, the final norm the last."""
+    recipe = read(SLICES)
+    expected = [(0.5, 0.25), (0.0, 0.75), (0.5, 0.75), (1.0, 0.75)]
+    for layer, weights in enumerate(expected):
+        found, params = numbers(recipe, tensors, f"model.layers.{layer}.mlp.up_proj.weight")
+        assert found == pytest.approx(weights) and params["scale"] == (2.0 if layer else 1.0)
+    assert numbers(recipe, tensors, "model.embed_tokens.weight") == ((0.5, 0.25), {"scale": 1.0})
+    assert numbers(recipe, tensors, "model.norm.weight") == ((0.0, 0.75), {"scale": 2.0})
+
+
+def test_groups_of_layers_where_that_says_it(read):
+    text = SLICES.replace("[0, 1]}}", "1}}").replace("parameters: {weight: 1}", "parameters: {weight: 1.0}")
+    recipe = read(text)
+    assert [group.layers for group in recipe.groups] == [(0, 1), (1, 4)]
+
+
+def test_adapters(read, lora_family: Path):
+    recipe = read(
+        "merge_method: task_arithmetic\nbase_model: BASE\nmodels: [{model: BASE+EXPERT_A, parameters: {weight: 0.5}}]",
+        family=lora_family,
+    )
+    assert recipe.experts == (Source("expert0", str(lora_family / "expert0")),)
+
+
+MODELS = "models: [{model: EXPERT_A, parameters: {weight: 1}}, {model: EXPERT_B, parameters: {weight: 1}}]\n"
+REFUSED = {
+    "a method that is not there": ("merge_method: passthrough\n" + MODELS, ["merge_method", "passthrough"]),
+    "modules": ("merge_method: linear\nmodules: {text: {}}\n" + MODELS, ["modules"]),
+    "a union of tokenizers": ("merge_method: linear\ntokenizer_source: union\n" + MODELS, ["tokenizer_source"]),
+    "a chat template": ("merge_method: linear\nchat_template: chatml\n" + MODELS, ["chat_template"]),
+    "no base": ("merge_method: ties\n" + MODELS, ["base_model"]),
+    "an unknown key": ("merge_method: linear\nbase: x\n" + MODELS, ["'base'", "base_model"]),
+    "a parameter of another method": (
+        "merge_method: ties\nbase_model: BASE\nparameters: {gamma: 0.1}\n" + MODELS, ["gamma", "ties"]
+    ),
+    "two densities": (TIES.replace("0.3, density: 0.7", "0.3, density: 0.5"), ["density", "0.5", "0.7"]),
+    "no weight": (TIES.replace("weight: 0.3, ", ""), ["weight", "expert1"]),
+    "DARE without rescaling": (
+        "merge_method: dare_linear\nbase_model: BASE\nparameters: {rescale: false, density: 0.5}\n" + MODELS,
+        ["rescale"],
+    ),
+    "layers that change places": (
+        SLICES.replace("[0, 1]", "[2, 3]").replace("[1, 4]", "[0, 2]"), ["slices[0]", "out of order"]
+    ),
+    "layers left out": (SLICES.replace("[1, 4]", "[1, 3]"), ["slices", "3", "4"]),
+    "sources from different layers": (SLICES.replace("[0, 1], ", "[1, 2], ", 1), ["slices[0]", "layer_range"]),
+    "a residual": (SLICES.replace("lambda: 2}", "lambda: 2}\n    residual_weight: 0.5"), ["residual_weight"]),
+    "an adapter of another base": (
+        "merge_method: linear\nbase_model: BASE\nmodels: [{model: EXPERT_A+EXPERT_B, parameters: {weight: 1}}]",
+        ["adapter", "base_model"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_evomerge_cannot_say_is_refused_by_name(read, case: str):
+    text, words = REFUSED[case]
+    with pytest.raises(EvomergeError) as raised:
+        read(text)
+    for word in (*words, "config.yaml"):
+        assert word in str(raised.value)
+
+
+# --- out, and back in
+
+
+def recipe_of(family: Path, method: str = "task_arithmetic", groups=None, **params) -> Recipe:
+    return Recipe(
+        Source("base", str(family / "base")),
+        tuple(Source(f"expert{t}", str(family / f"expert{t}")) for t in range(2)),
+        method,
+        groups or (Group((0.25, -0.5)),),
+        params,
+        export_dtype="float16",
+    )
+
+
+LAYERED = (Group((0.1, 0.2), (0, 1)), Group((0.3, 0.4), (1, 3)), Group((0.5, 0.6), (3, 4)))
+MLP = tuple(f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(LAYERS))
+BACK = {
+    "one group": {},
+    "layers": {"groups": LAYERED},
+    "tensors": {"groups": (Group((0.1, 0.2), tensors=MLP), Group((0.3, 0.4)))},
+    "tensors with a scale of their own": (
+        {"groups": (Group((0.1, 0.2), tensors=MLP, params={"scale": 2.0}), Group((0.1, 0.4)))}),
+    "ties": {"method": "ties", "density": 0.4, "mode": "sum", "scale": 0.5},
+    "ties that normalises": {"method": "ties", "density": 0.4, "normalize": True, "mode": "sum"},
+    "ties with a density a layer": (
+        {"method": "ties", "mode": "sum", "groups": tuple(
+            Group((0.1, 0.2), span, {"density": d}) for span, d in (((0, 2), 0.3), ((2, 4), 0.6)))}),
+    "dare": {"method": "dare_linear", "density": 0.5, "rescale": "l1"},
+    "dare_ties": {"method": "dare_ties", "density": 0.5, "rescale": "l1", "mode": "sum"},
+    "linear": {"method": "linear", "normalize": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BACK)
+def test_out_and_back_in_is_the_same_merge(dense_family: Path, tensors, tmp_path: Path, case: str):
+    recipe = recipe_of(dense_family, **BACK[case])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_mergekit(recipe)))
+    again = Recipe.load(tmp_path / "config.yaml")
+    assert (again.method, again.export_dtype, again.experts) == (recipe.method, recipe.export_dtype, recipe.experts)
+    defaults = recipe.to_dict()["params"]
+    for name in tensors.names:
+        weights, params = numbers(recipe, tensors, name)
+        assert numbers(again, tensors, name) == (weights, {**defaults, **params}), name
+
+
+def test_slerp_out_and_back_in(dense_family: Path, tensors, tmp_path: Path):
+    recipe = Recipe(
+        Source("base", str(dense_family / "base")),
+        (Source("base", str(dense_family / "base")), Source("expert0", str(dense_family / "expert0"))),
+        "slerp",
+        (Group((3.0, 1.0), (0, 2)), Group((1.0, 3.0), (2, 4))),
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_mergekit(recipe)))
+    again = Recipe.load(tmp_path / "config.yaml")
+    assert numbers(again, tensors, "model.layers.1.mlp.up_proj.weight")[1]["t"] == 0.25
+    assert numbers(again, tensors, "model.layers.2.mlp.up_proj.weight")[1]["t"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method": "random_vectors"}, "random_vectors"),
+        ({"method": "ties", "mode": "mean"}, "mode: mean"),
+        ({"method": "ties", "mode": "sum", "scope": "model"}, "scope: model"),
+        ({"method": "dare_linear", "rescale": "density"}, "rescale: density"),
+        ({"groups": (Group((0.1, 0.2), kinds=("mlp",)), Group((0.3, 0.4)))}, "kind of module"),
+    ],
+    ids=str,
+)
+def test_what_mergekit_cannot_say_is_refused_by_name(dense_family: Path, change: dict, words: str):
+    with pytest.raises(SpecError, match=words):
+        to_mergekit(recipe_of(dense_family, **change))
