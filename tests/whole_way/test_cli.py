@@ -224,6 +224,17 @@ def test_merge_of_the_recipe_gives_the_same_bytes(server: Server, exported: Path
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes()
 
 
+@pytest.mark.parametrize("format", ["recipe", "mergekit"])
+def test_merge_of_the_shown_recipe_gives_the_same_bytes(
+    server: Server, finished: tuple[Path, Run], exported: Path, tmp_path: Path, format: str
+):
+    text = server.run("show", finished[0], "best", "--format", format).out
+    assert ("merge_method" in text) == (format == "mergekit")
+    (tmp_path / "shown.yaml").write_text(text)
+    server.run("merge", tmp_path / "shown.yaml", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
 def test_plain_transformers_loads_the_export(finished: tuple[Path, Run], exported: Path):
     """In a process that never imports evomerge: the study's outcomes, from the files alone."""
     path, _ = finished
