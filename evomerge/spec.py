@@ -386,7 +386,8 @@ def json_schema() -> dict[str, Any]:
     space = SpaceModel.model_json_schema(ref_template="#/$defs/{model}")
     definitions.update(space.pop("$defs"))
     definitions["SpaceModel"] = space
-    space["properties"]["method"]["enum"] = sorted(METHODS)
+    (name,) = [kind for kind in space["properties"]["method"]["anyOf"] if kind.get("type") == "string"]
+    name["enum"] = sorted(METHODS)
     schema["properties"]["space"] = {
         "anyOf": [{"type": "string"}, {"$ref": "#/$defs/SpaceModel"}],
         "description": schema["properties"]["space"]["description"],

@@ -334,7 +334,8 @@ def test_every_field_in_the_schema_says_what_it_means():
 
 def test_schema_knows_methods_searchers_and_options():
     definitions = json_schema()["$defs"]
-    assert definitions["SpaceModel"]["properties"]["method"]["enum"] == sorted(METHODS)
+    named, _ = definitions["SpaceModel"]["properties"]["method"]["anyOf"]
+    assert named["enum"] == sorted(METHODS)
     search = definitions["SearchSpec"]
     assert search["properties"]["method"]["enum"] == sorted(SEARCHERS)
     for searcher in SEARCHERS.values():
@@ -351,6 +352,8 @@ def test_schema_takes_what_is_read_and_refuses_what_is_not(folder: Path):
     assert validator.is_valid(yaml.safe_load(FILE.replace("1e-1", "0.1")))
     assert validator.is_valid(spec.to_dict())
     assert validator.is_valid({**spec.to_dict(), "space": "task.yaml"})
+    for shipped in (Path(__file__).parents[1] / "search_spaces").iterdir():
+        validator.validate({**spec.to_dict(), "space": yaml.safe_load(shipped.read_text())})
     for case in (
         "an unknown key",
         "an unknown method",

@@ -102,7 +102,7 @@ class CMASearcher(Searcher):
         if chosen:
             raise SpecError(
                 f"searcher cma moves numbers, but {', '.join(chosen)} is a choice between words",
-                remedy="Use search.method tpe or random, or fix it.",
+                remedy="Use search.method tpe or random, or give it one value in the space.",
             )
         self._names = [d.name for d in space.dimensions]
         self._generator = keyed_generator(seed)  # replaced before every draw
