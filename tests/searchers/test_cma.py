@@ -121,6 +121,17 @@ def test_start_on_the_border():
     assert smooth(recommended) > 0.02 * smooth(space.initial())
 
 
+def test_three_hundred_dimensions():
+    """pycma changes its step-size control there. Five generations on a slope: the mean score rises."""
+    space = make_space(experts=40, groups=8)
+    run = study(lambda p: sum(p.values()), space=space)
+    run.run(5 * run.searcher.population)
+    assert len(space.dimensions) == 320
+    scores = [run.results[n].score for n in range(len(run.points))]
+    size = run.searcher.population
+    assert np.mean(scores[-size:]) > np.mean(scores[:size])
+
+
 def test_a_failure_ranks_below_the_worst_score():
     """Failed, pruned and NaN trials lead to the same next generation as scores below all others do."""
 
