@@ -175,8 +175,8 @@ class CMASearcher(Searcher):
                     # Ranks say nothing about convergence; budgets are the study's.
                     **dict.fromkeys(("tolfun", "tolfunhist", "tolfunrel"), -1),
                     **dict.fromkeys(("tolflatfitness", "tolstagnation", "maxiter"), math.inf),
-                    # Samples are drawn one at a time: no mirrored ones, and no pair along the mean's last step, by which
-                    # pycma would adapt the step size from 300 dimensions on.
+                    # Samples are drawn one at a time: no mirrored ones, and no pair along the mean's last step, which
+                    # pycma would adapt the step size by from 300 dimensions on.
                     "CMA_mirrors": 0,
                     "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
                     "verbose": -10,
