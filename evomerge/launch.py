@@ -18,6 +18,7 @@ from evomerge.running import Runner, StopSignal
 from evomerge.spec import Spec, load_spec
 from evomerge.store import Store
 from evomerge.study import Study, idle_workers
+from evomerge.warmstart import starting_points
 
 DEFAULT_STORE = "evomerge.db"
 
@@ -174,7 +175,8 @@ def open_or_create(
         if must_exist:
             raise StudyError(f"there is no study {name!r} in {url}", remedy="Start it with: evomerge run EXPERIMENT")
         budget = new_budget(options.budget, plan.spec.search.budget)
-        return Store.create(url, name, new_record(plan, budget), items=plan.items), budget
+        record = new_record(plan, budget) | {"starts": starting_points(plan, url)}
+        return Store.create(url, name, record, items=plan.items), budget
     store = Store.open(url, name)
     record = store.record
     changes = drift(record["fingerprint"], plan.fingerprint)

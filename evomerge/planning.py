@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge import searchers
 from evomerge.checkpoints import Checkpoint, Sources, check_tokenizers, content_hash, open_checkpoint, open_expert
+from evomerge.dimensions import Point
 from evomerge.errors import EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.pools import WorkerSpec
@@ -155,10 +156,10 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     )
 
 
-def make_searcher(spec: Spec, space: Space) -> Searcher:
+def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:
     """The experiment's searcher; SpecError if it cannot take the space."""
     try:
-        return searchers.make(spec.search.method, space, seed=spec.seed, **spec.search.options)
+        return searchers.make(spec.search.method, space, seed=spec.seed, starts=starts, **spec.search.options)
     except SpecError as error:
         where = error.where or at(str(spec.path or "experiment"), "search.method")
         raise SpecError(error.problem, where=where, remedy=error.remedy) from None
@@ -251,6 +252,10 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _starts(spec: Spec) -> dict[str, Any]:
+    return {"initial": [s.model_dump(by_alias=True) for s in spec.search.initial]} if spec.search.initial else {}
+
+
 def _fingerprint(
     spec: Spec, template: Recipe, space: Space, evaluator: Evaluator, items: tuple[Item, ...], worker: WorkerSpec
 ) -> dict[str, str]:
@@ -258,7 +263,8 @@ def _fingerprint(
     parts |= {f"expert {s.name}": s.sha256 for s in template.experts}
     parts["space"] = json.dumps(space.to_dict(), sort_keys=True, default=str)
     parts["search"] = json.dumps(
-        {"method": spec.search.method, "schedule": spec.search.schedule, **spec.search.options}, sort_keys=True
+        {"method": spec.search.method, "schedule": spec.search.schedule, **spec.search.options, **_starts(spec)},
+        sort_keys=True,
     )
     parts |= {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
     for split in SPLITS:

@@ -18,6 +18,7 @@ from evomerge.recipe import Recipe
 from evomerge.spec import Spec
 from evomerge.store import Evaluation, Store
 from evomerge.study import idle_workers, opening_controls, sweep_values
+from evomerge.warmstart import starting_points
 
 # A run ends with exit code 3 when more than this share of its trials failed, or when a control did.
 FAILED_SHARE = 0.1
@@ -141,6 +142,9 @@ def describe_plan(plan: Plan, options: Options) -> str:
     lines.append(
         f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}"
     )
+    starts = starting_points(plan, storage_of(spec, options.storage))
+    if starts:
+        lines.append(f"begins with  {len(starts)} of its own points (search.initial)")
     for split, by_task in sizes.items():
         lines.append(f"{split:<12} {sum(by_task.values())} items: " + ", ".join(f"{t} {n}" for t, n in by_task.items()))
     search, select, test = (sum(sizes[s].values()) for s in ("search", "select", "test"))

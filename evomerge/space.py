@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -169,6 +170,44 @@ class Space:
                 )
         point = {d.name: found[d.name] for d in self.active(recipe.method)}
         self._check(point)
+        return point
+
+    def nearest(self, recipe: Recipe, tensors: Iterable[TensorInfo]) -> Point:
+        """The point that is most like ``recipe``: in each dimension the mean of what the recipe says there.
+
+        Values outside the bounds are moved to them; fixed weights and parameters stay the space's.
+
+        Args:
+            tensors: those that count.
+
+        Raises:
+            SpecError: the recipe lacks an expert of the space, or has a method that the space has not.
+        """
+        places = {source.name: t for t, source in enumerate(recipe.experts)}
+        missing = [source.name for source in self.template.experts if source.name not in places]
+        if missing:
+            raise SpecError(f"the recipe has no expert {', '.join(missing)}, but {', '.join(places)}")
+        if recipe.method not in self.params:
+            raise SpecError(f"the recipe's method is {recipe.method}, but the space has {' or '.join(self.methods)}")
+        probe = self.decode(self.initial())
+        region_of = {id(group): region for group, region in zip(probe.groups, self.regions, strict=True)}
+        found: dict[str, list[float]] = {}
+        for info in tensors:
+            given = recipe.group_for(info).weights
+            for source, mine in zip(self.template.experts, region_of[id(probe.group_for(info))].weights, strict=True):
+                if isinstance(mine, Moving):
+                    found.setdefault(mine.dimension, []).append(given[places[source.name]])
+        point: Point = {}
+        for d in self.active(recipe.method):
+            values = found.get(d.name) or [d.initial]
+            value = values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)
+            point[d.name] = recipe.method if d.name == METHOD else d.clip(value)
+        for key, mine in self.params[recipe.method].items():
+            if isinstance(mine, Moving) and key in recipe.params:
+                (dimension,) = [d for d in self.dimensions if d.name == mine.dimension]
+                value = recipe.params[key]
+                if not dimension.choices or dimension.holds(value):
+                    point[dimension.name] = dimension.clip(value)
         return point
 
     def initial(self) -> Point:

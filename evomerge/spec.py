@@ -161,6 +161,28 @@ class _Open(BaseModel):
         return self
 
 
+class StartSpec(_Strict):
+    """A merge to begin with."""
+
+    model_config = ConfigDict(title="start")
+
+    trial: str | None = Field(
+        default=None,
+        alias="from",
+        description="STUDY:TRIAL of another study: an experiment file or a name in this storage; a number, or best",
+    )
+    recipe: str | None = Field(default=None, description="a recipe file, or a mergekit configuration")
+    control: str | None = Field(default=None, description="average, or expert:NAME")
+
+    @model_validator(mode="after")
+    def _one(self) -> StartSpec:
+        if sum(value is not None for value in (self.trial, self.recipe, self.control)) != 1:
+            raise PydanticCustomError(
+                "start", "exactly one of from, recipe and control must be given", {"remedy": "Make it two entries."}
+            )
+        return self
+
+
 class SearchSpec(_Open):
     """Which searcher, how long, and its own options."""
 
@@ -175,6 +197,12 @@ class SearchSpec(_Open):
         default="reproducible",
         description="reproducible: the same seed gives the same study on any number of workers; asynchronous: scores "
         "are used in the order of arrival, for large clusters with uneven durations",
+    )
+
+    initial: list[StartSpec] = Field(
+        default_factory=list,
+        description="merges that the search begins with, in place of the space's initial point; each as the nearest "
+        "point of the space",
     )
 
     @property

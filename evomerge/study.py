@@ -79,7 +79,7 @@ class Study:
         self.budget = budget
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.asynchronous = plan.spec.search.schedule == "asynchronous"
-        self.searcher = make_searcher(plan.spec, plan.space)
+        self.searcher = make_searcher(plan.spec, plan.space, store.record.get("starts", ()))
         if self.searcher.size is not None and self.searcher.size < budget:
             progress.log(f"searcher {plan.spec.search.method} has {self.searcher.size} candidates in all")
             self.budget = self.searcher.size

@@ -253,6 +253,30 @@ def test_encode_refuses_recipes_from_elsewhere():
 # --- where a search starts
 
 
+def test_the_nearest_point_of_a_recipe_is_the_mean_of_what_it_says():
+    """Layers 0 to 6 in two groups, [0, 3) and [3, 7); the recipe's groups end at layer 2. The embedding counts too."""
+    found = space(granularity="layer_groups", groups=2)
+    recipe = replace(found.decode(found.initial()), groups=(Group((0.2, 3.0), (0, 2)), Group((1.0, 0.5), (2, 7))))
+    point = found.nearest(recipe, model())
+    low = 1 + 2 * 3  # tensors of the space's first group that the recipe's first one holds: the embedding, two layers
+    assert point["add[0-2]"] == pytest.approx((0.2 * low + 1.0 * 3) / (low + 3))
+    assert point["spam[0-2]"] == 2.0  # beyond the bounds
+    assert (point["add[3-6]"], point["spam[3-6]"]) == (1.0, 0.5)
+    same = found.decode({"add[0-2]": 0.1, "add[3-6]": 0.2, "spam[0-2]": 0.3, "spam[3-6]": 0.4})
+    assert found.nearest(same, model()) == found.encode(same)
+
+
+def test_the_nearest_point_takes_experts_by_name_and_parameters_that_move():
+    moving = space("ties", params={"density": {"range": [0.1, 0.5]}}, initial=1)
+    other = space("ties", experts=("more", "spam", "add"), params={"density": 0.9}, initial=1)
+    recipe = other.decode({"more": 1.1, "spam": 0.6, "add": 0.4})
+    assert moving.nearest(recipe, model()) == {"density": 0.5, "add": 0.4, "spam": 0.6}
+    with pytest.raises(SpecError, match="more"):
+        other.nearest(moving.decode(moving.initial()), model())
+    with pytest.raises(SpecError, match="task_arithmetic"):
+        moving.nearest(space().decode(space().initial()), model())
+
+
 def test_initial_is_one_number_or_one_an_expert_or_the_methods_own():
     assert space(initial=0.8).initial() == {"add": 0.8, "spam": 0.8}
     assert space(initial={"spam": 0.1, "add": 0.2}).initial() == {"add": 0.2, "spam": 0.1}

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.errors import Interrupted
+from evomerge.errors import Interrupted, UserError
 from evomerge.launch import Options, aggregate_of, run_study, sqlite_url
 from evomerge.leaderboard import leaderboard
 from evomerge.planning import build_plan
 from evomerge.pools import Failure, Job, Result, WorkerSpec
 from evomerge.progress import Progress
+from evomerge.recipe import Recipe
 from evomerge.spec import load_spec
 from evomerge.store import Store
 from evomerge.study import NothingCompleted, idle_workers
@@ -146,6 +147,47 @@ def test_the_reproducible_schedule_gives_one_study_whatever_the_workers_and_the_
     assert len(alone.trials()) == BUDGET
     assert trajectory(shuffled) == trajectory(alone)
     assert scores(shuffled) == scores(alone)
+
+
+def test_a_search_begins_with_merges_of_other_studies_recipes_and_controls(write, tmp_path):
+    """And resumes with the same ones, whatever has become of where they came from."""
+    first = run(write(name="first", folder="one", search={"method": "random", "budget": 6}))
+    best = max(first.trials(), key=lambda t: t.score)
+    (tmp_path / "two.yaml").write_text(Recipe.from_dict(first.trials()[3].recipe).to_yaml())
+    initial = [
+        {"from": f"first:{best.n}"},
+        {"recipe": "../two.yaml"},
+        {"control": "average"},
+        {"control": "expert:expert1"},
+        {"from": f"first:{best.n}"},
+    ]
+    path = write(name="second", folder="two", search={"budget": 4, "initial": initial})
+    store = tmp_path / "one" / "study.db"
+    run(path, store=store)
+    (tmp_path / "two.yaml").unlink()
+    second = run(path, store=store, budget="6")
+    points = [dict(t.point) for t in second.trials()]
+    assert points[:2] == [best.point, first.trials()[3].point]
+    assert set(points[2].values()) == {0.5}
+    assert points[3] == {d: float(d.startswith("expert1")) for d in points[3]}
+    assert len(points) == 6 and len(first.trials()) == 6
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"from": "nothing:3"}, "'nothing'"),
+        ({"from": "best"}, "STUDY:TRIAL"),
+        ({"recipe": "none.yaml"}, "none.yaml"),
+        ({"control": "expert:expert7"}, "expert:expert1"),
+        ({"control": "average", "recipe": "x"}, "exactly one"),
+    ],
+    ids=str,
+)
+def test_a_start_that_is_not_there_is_named(write, entry, words):
+    with pytest.raises(UserError, match=words) as raised:
+        run(write(search={"initial": [{"control": "average"}, entry]}))
+    assert "search.initial" in str(raised.value) and "1" in str(raised.value)
 
 
 def test_a_grid_ends_the_search_when_all_of_it_was_tried(write):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import SpecError, nearest
@@ -24,7 +24,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
 }
 
 
-def make(name: str, space: Space, seed: int = 0, **options: Any) -> Searcher:
+def make(name: str, space: Space, seed: int = 0, starts: Sequence[Point] = (), **options: Any) -> Searcher:
     """The searcher called ``name`` on ``space``.
 
     Raises:
@@ -32,4 +32,4 @@ def make(name: str, space: Space, seed: int = 0, **options: Any) -> Searcher:
     """
     if name not in SEARCHERS:
         raise SpecError(f"there is no searcher {name!r}", remedy=nearest(name, SEARCHERS))
-    return SEARCHERS[name](space, seed=seed, **options)
+    return SEARCHERS[name](space, seed=seed, starts=starts, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -72,6 +72,7 @@ class Searcher(ABC):
 
     Args:
         space: the dimensions that may move.
+        starts: the first proposals, points of the space; none: its initial point.
         seed: all random draws derive from it; no global random state is used.
         options: values for ``params``; checked here, and in ``self.options`` with defaults filled in.
 
@@ -83,8 +84,9 @@ class Searcher(ABC):
     summary: ClassVar[str] = ""  # one line for the docs and the schema
     params: ClassVar[Mapping[str, Param]] = {}
 
-    def __init__(self, space: Space, *, seed: int = 0, **options: Any):
+    def __init__(self, space: Space, *, seed: int = 0, starts: Sequence[Point] = (), **options: Any):
         self.space, self.seed = space, seed
+        self.starts = [dict(point) for point in starts] or [space.initial()]
         self.options = check_options(self.name or type(self).__name__, self.params, options)
 
     @property

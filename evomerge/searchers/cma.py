@@ -64,7 +64,10 @@ def unsquash(u: np.ndarray) -> np.ndarray:
 
 
 class CMASearcher(Searcher):
-    """CMA-ES on the unit cube; maximises. Proposal 0 is the initial point, as one sample of the first generation.
+    """CMA-ES on the unit cube; maximises. It begins at the first start, which is one sample of the first generation.
+
+    Further starts are samples, too: pycma shortens their steps to what the distribution makes likely, as for any
+    solution from outside (Hansen, "Injecting external solutions into CMA-ES", arXiv:1110.4181).
 
     Proposal n's noise comes from a generator keyed by (seed, n), so asking again with the same tells in between is an
     exact replay. A generation is over when ``population`` trials have been told since the last one ended. On the
@@ -112,8 +115,7 @@ class CMASearcher(Searcher):
         self._generation: list[tuple[Told, np.ndarray]] = []  # trials of the current run told since its last update
         self._run = 0
         self._means: list[tuple[float, np.ndarray]] = []  # of each run: (median score of its last generation, its mean)
-        initial = space.initial()
-        self._begin(np.array([d.share(initial[d.name]) for d in space.dimensions]))
+        self._begin(self._shares(self.starts[0]))
 
     @property
     def population(self) -> int:
@@ -130,11 +132,12 @@ class CMASearcher(Searcher):
     def ask(self, n: int) -> Point:
         if n == 0:
             self._asked[n] = (self._run, self._es.mean.copy())
-            return self.space.initial()
+            return dict(self.starts[n])
         self._generator = keyed_generator(self.seed, n)
         x = np.clip(self._es.ask(1)[0], -MARGIN, 1 + MARGIN)
-        self._asked[n] = (self._run, x)
-        return self._point(x)
+        given = n < len(self.starts)  # pycma wants to be asked in every generation, even if all of it is given
+        self._asked[n] = (self._run, unsquash(self._shares(self.starts[n])) if given else x)
+        return dict(self.starts[n]) if given else self._point(x)
 
     def tell(self, trial: Told) -> None:
         run, x = self._asked.pop(trial.n)
@@ -151,6 +154,9 @@ class CMASearcher(Searcher):
         if not self._means:
             return None
         return self._point(max(self._means, key=lambda run: run[0])[1])
+
+    def _shares(self, point: Point) -> np.ndarray:
+        return np.array([d.share(point[d.name]) for d in self.space.dimensions])
 
     def _point(self, x: np.ndarray) -> Point:
         """x: (dimensions,), pycma's -> a point in the space's units."""

@@ -15,7 +15,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class GridSearcher(Searcher):
-    """Proposal 0 is the initial point, the others are the grid's, each once; then the search is over.
+    """The first proposals are the starts, the others the grid's, each once; then the search is over.
 
     A number has ``steps`` values from low to high, both included; a choice has all of its own. The grid is walked with
     a stride near the golden section of its size, so that a budget below its size covers it evenly.
@@ -32,29 +32,31 @@ class GridSearcher(Searcher):
         methods = next((d.choices for d in space.dimensions if d.name == METHOD), (None,))
         self._blocks = [self._axes(method) for method in methods]  # one grid a method: they differ in dimensions
         self._sizes = [math.prod(len(values) for values in axes.values()) for axes in self._blocks]
-        self._initial = self._index(space.initial())  # of the initial point in the grid, if it is there
         total = sum(self._sizes)
         self._stride = max(1, round(total * GOLDEN))
         while math.gcd(self._stride, total) > 1:
             self._stride += 1
+        back = pow(self._stride, -1, total)
+        found = {self._index(start) for start in self.starts}
+        self._skipped = sorted(index * back % total for index in found if index is not None)  # steps of the starts
 
     @property
     def size(self) -> int:
-        return 1 + sum(self._sizes) - (self._initial is not None)
+        return len(self.starts) + sum(self._sizes) - len(self._skipped)
 
     def needs(self, n: int) -> int:
         return 0
 
     def ask(self, n: int) -> Point:
         """Raises ValueError beyond ``size``."""
-        if n == 0:
-            return self.space.initial()
+        if n < len(self.starts):
+            return dict(self.starts[n])
         if n >= self.size:
             raise ValueError(f"the grid has {self.size} points")
         total = sum(self._sizes)
-        step = n - 1
-        if self._initial is not None and step >= self._initial * pow(self._stride, -1, total) % total:
-            step += 1  # the initial point was proposal 0
+        step = n - len(self.starts)
+        for skipped in self._skipped:
+            step += step >= skipped
         index = step * self._stride % total
         block = 0
         while index >= self._sizes[block]:

@@ -22,7 +22,7 @@ WINDOW = Param(int, 4, "most trials open at once on the reproducible schedule; 1
 class OptunaSearcher(Searcher):
     """A sampler of Optuna's. Subclasses say which by ``sampler``.
 
-    Proposal 0 is the initial point, proposals 1 .. ``n_startup`` - 1 are uniform. Each proposal has a sampler seeded
+    The first proposals are the starts, those up to ``n_startup`` - 1 are uniform. Each proposal has a sampler seeded
     from (seed, n), so that it depends on what was proposed and told, and on nothing else.
 
     On the reproducible schedule at most ``window`` proposals are open at once, the new one included: trial n waits for
@@ -54,8 +54,9 @@ class OptunaSearcher(Searcher):
         return max(0, n - self.options["window"] + 1)
 
     def ask(self, n: int) -> Point:
-        if n < self.options["n_startup"]:
-            point = self.space.initial() if n == 0 else uniform_point(self.space, keyed_generator(self.seed, n))
+        if n < max(self.options["n_startup"], len(self.starts)):
+            given = n < len(self.starts)
+            point = dict(self.starts[n]) if given else uniform_point(self.space, keyed_generator(self.seed, n))
             self.replay(n, point)
             return point
         seed = int(keyed_generator(self.seed, n).integers(2**32))

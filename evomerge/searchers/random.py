@@ -15,7 +15,9 @@ class RandomSearcher(Searcher):
         return 0
 
     def ask(self, n: int) -> Point:
-        return self.space.initial() if n == 0 else uniform_point(self.space, keyed_generator(self.seed, n))
+        if n < len(self.starts):
+            return dict(self.starts[n])
+        return uniform_point(self.space, keyed_generator(self.seed, n))
 
     def tell(self, trial: Told) -> None:
         """Nothing is learned."""

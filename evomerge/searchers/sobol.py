@@ -14,7 +14,7 @@ MOST_DIMENSIONS = 21201  # that direction numbers are known for
 
 
 class SobolSearcher(Searcher):
-    """Proposal 0 is the initial point, proposal n the point n - 1 of the sequence, whatever is told."""
+    """The first proposals are the starts, the others the sequence in order, whatever is told."""
 
     name = "sobol"
     summary = "an even cover of the space (scrambled Sobol sequence); waits for nothing"
@@ -34,11 +34,12 @@ class SobolSearcher(Searcher):
         return 0
 
     def ask(self, n: int) -> Point:
-        if n == 0:
-            return self.space.initial()
-        if n <= self._sequence.num_generated:
+        place = n - len(self.starts)
+        if place < 0:
+            return dict(self.starts[n])
+        if place < self._sequence.num_generated:
             self._sequence.reset()
-        skipped = n - 1 - self._sequence.num_generated
+        skipped = place - self._sequence.num_generated
         if skipped:  # scipy cannot skip nothing
             self._sequence.fast_forward(skipped)
         return self.space.at(self._sequence.random(1)[0].tolist())

@@ -225,6 +225,20 @@ class SearcherContract:
         space = make_space(initial=0.3)
         assert self.make(space).ask(0) == space.initial()
 
+    def test_starts_come_first_and_survive_kills(self):
+        space = make_space()
+        starts = [space.at(np.random.default_rng(i).random(6).tolist()) for i in range(10)]
+
+        def study() -> MemoryStudy:
+            return MemoryStudy(lambda: self.searcher(space, starts=starts, **self.options), smooth, workers=3)
+
+        whole = study().run(self.budget).tell_all().points
+        assert whole[:10] == starts
+        assert len({tuple(p.values()) for p in whole}) == self.budget
+        for steps in range(0, 2 * self.kill_budget, 3):
+            killed = study().run(self.kill_budget, steps=steps).kill().run(self.kill_budget, steps=5)
+            assert killed.points == whole[: len(killed.points)], f"killed after {steps} steps"
+
     def test_points_differ(self):
         points = self.study().run(self.budget).points
         assert len({tuple(p.values()) for p in points}) == self.budget

@@ -78,11 +78,11 @@ def test_run_leaves_only_the_study(finished: tuple[Path, Run], lora_family: Path
 
 
 def test_dry_run_writes_nothing(server: Server, experiment):
-    path = experiment()
+    path = experiment(search={"method": "cma", "budget": 4, "initial": [{"control": "average"}]})
     before = files(path.parent)
     run = server.run("run", path, "--dry-run")
     assert files(path.parent) == before
-    for fact in ("dimensions", "items", "sha256", "memory", "disk"):
+    for fact in ("dimensions", "items", "sha256", "memory", "disk", "begins with  1 of its own points"):
         assert fact in run.text.lower()
 
 
