@@ -346,7 +346,7 @@ class Store:
 
     def add_trial(self, n: int, point: Mapping[str, float], recipe: Mapping[str, Any], recipe_hash: str) -> None:
         """Proposal ``n`` is RUNNING from now on. Numbers have no gaps: n is the number of trials so far."""
-        trial = TrialRecord.running(n, {k: float(v) for k, v in point.items()}, recipe, recipe_hash)
+        trial = TrialRecord.running(n, {k: _plain_value(v) for k, v in point.items()}, recipe, recipe_hash)
         row = {
             "study_id": self.study_id, "n": n, "state": "running", "point": _dumps(trial.point),
             "recipe_hash": recipe_hash, "started": trial.started,
@@ -637,6 +637,11 @@ def _columns(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[int, list[floa
             # 0 and 1 without a fraction: half the bytes of the most frequent outcomes.
             runs[-1][1].append(int(value) if value in (0.0, 1.0) and math.copysign(1.0, value) > 0 else value)
     return columns
+
+
+def _plain_value(value: Any) -> Any:
+    """Python's own number for NumPy's; words and truth values as they are."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _plain(value: Any) -> Any:

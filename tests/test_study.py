@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
 from evomerge.errors import Interrupted, UserError
@@ -15,6 +16,7 @@ from evomerge.planning import build_plan
 from evomerge.pools import Failure, Job, Result, WorkerSpec
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
+from evomerge.showing import show_trial
 from evomerge.spec import load_spec
 from evomerge.store import Store
 from evomerge.study import NothingCompleted, idle_workers
@@ -230,6 +232,38 @@ def test_a_score_that_is_no_mean_gets_its_interval_while_its_evaluator_is_there_
     assert aggregate_of(store) is None
     evaluator.unlink()
     assert aggregate_of(store) is None
+
+
+CHOICE = {
+    "method": {"choices": ["task_arithmetic", "ties"]},
+    "params": {
+        "ties": {"density": {"range": [0.1, 1.0], "log": True, "initial": 0.5}, "mode": {"choices": ["mean", "sum"]}}
+    },
+    "weights": {
+        "granularity": "layer_module",
+        "groups": 2,
+        "range": [0.0, 2.0],
+        "initial": 1.0,
+        "fixed": {"expert1": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("method", ["tpe", "random", "grid"])
+def test_methods_words_and_factors_are_searched_stored_and_resumed(write, die, method):
+    """Optuna's copy has the same parameters, of the trial's own method only."""
+    path = write(space=CHOICE, search={"method": method})
+    whole = run(path)
+    methods = {t.point["method"] for t in whole.trials()}
+    assert methods == {t.recipe["method"] for t in whole.trials()} == {"task_arithmetic", "ties"}
+    for trial in whole.trials():
+        own = {"ties.density", "ties.mode"} & set(trial.point)
+        assert own == ({"ties.density", "ties.mode"} if trial.point["method"] == "ties" else set())
+    study = optuna.load_study(study_name="tiny", storage=sqlite_url(path.parent / "study.db"))
+    assert [t.params for t in study.trials] == [dict(t.point) for t in whole.trials()]
+    assert show_trial(whole, "3").count("method") >= 2
+    again = crash_again_and_again(write(space=CHOICE, search={"method": method}, folder="again"), die, range(1, 40, 3))
+    assert trajectory(again) == trajectory(whole)
 
 
 class Crash(BaseException):
