@@ -87,7 +87,10 @@ def show_trial(store: Store, name: str) -> str:
         lines.append(f"state     {trial.state}")
         if trial.failure:
             lines.append(f"failure   {trial.failure}")
-        lines += ["point", *(f"  {k:<24} {_value(v)}" for k, v in trial.point.items())]
+        lines += [
+            "point",
+            *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else _value(v)}" for k, v in trial.point.items()),
+        ]
     for evaluation in store.evaluations():
         if evaluation.subject != subject:
             continue
