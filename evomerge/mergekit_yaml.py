@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.recipe import DTYPES, Group, Recipe, Source
+from evomerge.validation import short, validate
 
-TOP = (
-    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template",
-)  # fmt: skip
 # method -> defaults of the parameters that are read for it; what every expert has of its own is in PER_MODEL
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "linear": {"normalize": True},
@@ -32,8 +32,66 @@ PER_MODEL = ("weight", "density")
 WITHOUT_EFFECT = ("int8_mask",)  # how mergekit keeps its masks
 
 
-def is_mergekit(data: Any) -> bool:
-    return isinstance(data, Mapping) and "merge_method" in data
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _check_setting(value: Any) -> Any:
+    """A value, a list of numbers or words, or conditions ``{filter, value}`` of these."""
+
+    def plain(v: Any) -> bool:
+        return isinstance(v, int | float | bool | str) or (isinstance(v, list) and bool(v) and all(map(plain, v)))
+
+    def condition(v: Any) -> bool:
+        return (
+            isinstance(v, Mapping)
+            and set(v) <= {"filter", "value"}
+            and plain(v.get("value"))
+            and isinstance(v.get("filter"), str | None)
+        )
+
+    if plain(value) or condition(value) or (isinstance(value, list) and value and all(map(condition, value))):
+        return value
+    raise PydanticCustomError(
+        "setting",
+        "a parameter is a value, a list of values, or conditions {conditions}, but this is {value}",
+        {"conditions": "{filter: part of a name, value: ...}", "value": short(value), "remedy": ""},
+    )
+
+
+Setting = Annotated[Any, BeforeValidator(_check_setting)]
+
+
+class _Model(_Strict):
+    model: Any
+    parameters: dict[str, Setting] | None = None
+
+
+class _SliceSource(_Model):
+    layer_range: list[int] = Field(min_length=2, max_length=2)
+
+
+class _Slice(_Strict):
+    sources: list[_SliceSource] = Field(min_length=1)
+    base_model: Any = None
+    residual_weight: float | None = None
+    parameters: dict[str, Setting] | None = None
+
+
+class _Configuration(_Strict):
+    """The shape of a mergekit configuration; what it may say is up to the reading."""
+
+    merge_method: str
+    models: list[_Model] | None = None
+    slices: list[_Slice] | None = None
+    modules: Any = None
+    base_model: Any = None
+    parameters: dict[str, Setting] | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: Any = None
+    tokenizer: Any = None
+    chat_template: str | None = None
 
 
 def from_mergekit(data: Mapping[str, Any], *, where: str, folder: Path | None = None) -> Recipe:
@@ -54,6 +112,7 @@ class _Reading:
     """One configuration being read."""
 
     def __init__(self, data: Mapping[str, Any], where: str, folder: Path):
+        validate(_Configuration, data, where=where)
         self.data, self.where, self.folder = data, where, folder
 
     def recipe(self) -> Recipe:
@@ -84,9 +143,6 @@ class _Reading:
 
     def check_top(self) -> None:
         """The method, and what says something about architecture or vocabulary."""
-        for key in self.data:
-            if key not in TOP:
-                raise self.error(key, f"there is no {key!r} in a mergekit configuration", nearest(str(key), TOP))
         if self.method not in DEFAULTS:
             raise self.error(
                 "merge_method", f"evomerge has no counterpart of {self.method!r}", nearest(self.method, DEFAULTS)
@@ -137,37 +193,28 @@ class _Reading:
         if bool(data.get("models")) == bool(data.get("slices")):
             raise self.error("", "exactly one of models and slices must be given")
         if data.get("models"):
-            return [{"range": None, "parameters": {}, "sources": self.sources("models", data["models"], ())}]
+            return [{"range": None, "parameters": {}, "sources": self.sources("models", data["models"])}]
         found = []
         for number, entry in enumerate(data["slices"]):
             key = f"slices[{number}]"
-            self.known(key, entry, ("sources", "parameters", "base_model", "residual_weight"))
             if entry.get("residual_weight") is not None:
                 raise self.error(key, "residual_weight is not supported")
             if entry.get("base_model") and self.model(key, entry["base_model"]) != self.base:
                 raise self.error(key, "all slices must have one base_model")
-            sources = self.sources(f"{key}.sources", entry.get("sources") or [], ("layer_range",))
-            ranges = {tuple(source["layer_range"] or ()) for source in sources}
-            (span,) = ranges if len(ranges) == 1 else (None,)
-            if span is None or len(span) != 2:
+            sources = self.sources(f"{key}.sources", entry["sources"])
+            ranges = {tuple(source["layer_range"]) for source in entry["sources"]}
+            if len(ranges) > 1:
                 raise self.error(
                     key, "all sources of a slice must have one layer_range", "Layers cannot change places."
                 )
-            found.append({"range": span, "parameters": entry.get("parameters") or {}, "sources": sources})
+            found.append({"range": ranges.pop(), "parameters": entry.get("parameters") or {}, "sources": sources})
         return found
 
-    def sources(self, key: str, entries: Sequence[Any], more: Sequence[str]) -> list[dict[str, Any]]:
-        found = []
-        for number, entry in enumerate(entries):
-            self.known(f"{key}[{number}]", entry, ("model", "parameters", *more))
-            found.append(
-                {
-                    "model": self.model(f"{key}[{number}].model", entry.get("model")),
-                    "parameters": entry.get("parameters") or {},
-                    "layer_range": entry.get("layer_range"),
-                }
-            )
-        return found
+    def sources(self, key: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"model": self.model(f"{key}[{n}].model", e["model"]), "parameters": e.get("parameters") or {}}
+            for n, e in enumerate(entries)
+        ]
 
     def expert_paths(self, slices: Sequence[Mapping[str, Any]]) -> list[str]:
         """The models that are merged. Task vectors of the base itself are zero, so it is none of them."""
@@ -289,14 +336,6 @@ class _Reading:
         return tuple(group(setting, tensors=tuple(names)) for setting, names in by_setting.items()), shared
 
     # --- errors ----------------------------------------------------------------------------------------------------
-
-    def known(self, key: str, entry: Any, names: Iterable[str]) -> None:
-        names = tuple(names)
-        if not isinstance(entry, Mapping):
-            raise self.error(key, f"must be a table of {', '.join(names)}, but is {entry!r:.80}")
-        for name in entry:
-            if name not in names:
-                raise self.error(key, f"there is no {name!r} here", nearest(str(name), names))
 
     def error(self, key: str, problem: str, remedy: str | None = None) -> SpecError:
         return SpecError(problem, where=f"{self.where}: {key}" if key else self.where, remedy=remedy)

@@ -176,7 +176,7 @@ _COMPARISONS = {
 def _explain(model: type[BaseModel], finding: Any) -> tuple[str, str | None]:
     """(problem, remedy) of one of pydantic's findings."""
     kind, loc, value, context = finding["type"], finding["loc"], finding["input"], finding.get("ctx", {})
-    name = str(loc[-1]) if loc else "it"
+    name = _dotted(loc).rpartition(".")[2] or "it"
     meaning = _meaning(model, loc)
     if kind == "extra_forbidden":
         owner = _owner(model, loc[:-1])
@@ -196,7 +196,8 @@ def _explain(model: type[BaseModel], finding: Any) -> tuple[str, str | None]:
 
 
 def _dotted(loc: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in loc)
+    """``search.initial[0].from``"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:

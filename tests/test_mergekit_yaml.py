@@ -204,6 +204,26 @@ def test_what_evomerge_cannot_say_is_refused_by_name(read, case: str):
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("merge_method: [x]\nmodels: 3", ["merge_method", "models"]),
+        ("merge_method: linear\nmodels: [some/where]", ["models[0]", "mapping"]),
+        ("merge_method: linear\nslices: [{sources: [{model: x, layer_range: 5}]}]", ["layer_range", "list"]),
+        ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]", ["'model' is missing"]),
+        ("merge_method: linear\nmodels: [{model: x, parameters: {weight: [{filter: 3, value: 1}]}}]", ["weight"]),
+        ("merge_method: linear\nmodels: [{model: x, parameters: {weight: null}}]", ["weight"]),
+        ("merge_method: linear", ["models", "slices"]),
+    ],
+    ids=str,
+)
+def test_wrong_shapes_are_named(read, text: str, words: list[str]):
+    with pytest.raises(SpecError) as raised:
+        read(text)
+    for word in (*words, "config.yaml"):
+        assert word in str(raised.value)
+
+
 # --- out, and back in
 
 
