@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -316,7 +316,7 @@ def _run(spec: Any, options: Any, typed: str, *, must_exist: bool) -> None:
         store = run_study(spec, options, progress, must_exist=must_exist)
     except (Interrupted, KeyboardInterrupt):
         print(stopped_after(spec, options, typed), file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        _leave(EXIT_INTERRUPTED)
     except NothingCompleted as error:
         print(f"evomerge: {error}\n  See: evomerge show {typed} 0", file=sys.stderr)
         raise typer.Exit(EXIT_FAILURES) from None
@@ -324,6 +324,16 @@ def _run(spec: Any, options: Any, typed: str, *, must_exist: bool) -> None:
     print(closing(store, typed))
     if needs_a_look(store):
         raise typer.Exit(EXIT_FAILURES)
+
+
+def _leave(code: int) -> NoReturn:
+    """End with ``code``. The pool is closed by now, but Ray's threads can crash an interpreter that takes itself apart
+    after a start that was interrupted, and its exit code would be a signal's."""
+    if "ray" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def _print_leaderboard(store: Any, format: str) -> None:

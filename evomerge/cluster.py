@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from evomerge.errors import Interrupted, ResourceError, UserError
+from evomerge.errors import ResourceError, UserError
 from evomerge.pools import (
     BuildFailures,
     Failure,
@@ -215,8 +215,6 @@ class RayPool:
             try:
                 _knock(self.address)
                 ray.init(address=self.address, **quiet)
-            except Interrupted:
-                raise
             except Exception as error:  # Ray raises all kinds here
                 raise ResourceError(
                     f"no Ray cluster answers at {self.address}: {one_line(str(error))}",

@@ -212,7 +212,7 @@ def run_study(
 
     Raises:
         UserError: the input is wrong; nothing was started.
-        Interrupted: stopped from outside; resumable.
+        Interrupted, KeyboardInterrupt: stopped from outside; resumable.
     """
     url = storage_of(spec, options.storage)
     plan = build_plan(spec, progress, workers=options.workers, address=options.address)

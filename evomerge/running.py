@@ -26,7 +26,8 @@ class StopSignal:
     """How urgently the user (or a scheduler) wants the run to end: 0 not, 1 drain what runs, 2 drop it.
 
     Ctrl-C and SIGTERM raise it by one each; ``evomerge stop`` raises it to 1 through the store. While ``nothing_runs``
-    there is nothing to wait for: the first signal raises Interrupted.
+    there is nothing to wait for: the first signal raises KeyboardInterrupt (in Ray's calls any other exception of a
+    signal handler becomes a SystemError).
     """
 
     def __init__(self) -> None:
@@ -46,13 +47,13 @@ class StopSignal:
             self.level += 1
             self.reason = signal.Signals(number).name
             if self.nothing_runs:
-                raise Interrupted(self.reason)
+                raise KeyboardInterrupt(self.reason)
             if self.level == DRAIN:
                 tell("stopping: waiting for the running evaluations (Ctrl-C again drops them)")
             elif self.level == DROP:
                 tell("stopping now: running evaluations are dropped and will be run again on resume")
             else:  # whatever the main thread is waiting for, it does not end by itself
-                raise Interrupted(self.reason)
+                raise KeyboardInterrupt(self.reason)
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 
-from evomerge.errors import Interrupted
 from evomerge.running import DRAIN, DROP, StopSignal
 
 
@@ -18,7 +17,7 @@ def test_each_signal_asks_more_urgently_and_the_third_raises():
         assert stop.level == DRAIN and stop.reason == "SIGTERM"
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.level == DROP and stop.reason == "SIGINT"
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert len(said) == 2 and "Ctrl-C again" in said[0] and "dropped" in said[1]
 
@@ -27,7 +26,7 @@ def test_while_nothing_runs_the_first_signal_raises():
     stop = StopSignal()
     with stop.installed(print):
         stop.nothing_runs = True
-        with pytest.raises(Interrupted):
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert stop.level == DRAIN
 

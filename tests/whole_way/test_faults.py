@@ -223,6 +223,26 @@ def test_stopped_once_drains(many: Callable[..., Path], how: str):
     assert candidates(path) == candidates(alone)
 
 
+@pytest.mark.parametrize("workers", [1, 2], ids=["a child", "Ray"])
+@pytest.mark.parametrize("later", [0.2, 2.5, 4.5])
+def test_stopped_while_workers_start(many: Callable[..., Path], workers: int, later: float):
+    """Nothing is running, so that the first Ctrl-C ends it, wherever the start has come to."""
+    path = small(many, pause=2.0)
+    driver = start("run", path, "--workers", str(workers))
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if "starting workers" in line:
+            break
+    time.sleep(later)
+    send_group(driver, signal.SIGINT)
+    run = end(driver, seconds=100)
+    assert run.code == 130, run.text
+    assert "Traceback" not in run.err, run.err
+    assert "evomerge resume" in run.err
+    assert "ready after" in run.err or stored(path) == 0
+    assert not any(alive(pid) for pid in calls(path.parent))
+
+
 def test_stopped_twice_drops(many: Callable[..., Path]):
     path = small(many, pause=300.0)
     driver = running(path, after=1)
