@@ -49,8 +49,7 @@ class Classification(Evaluator):
 
     def __init__(self, context: EvaluatorContext):
         super().__init__(context)
-        if context.options:
-            raise EvaluatorError(f"there is no option {next(iter(context.options))!r} here", where="evaluate")
+        self.check_options(OPTIONS)
         for task in context.tasks.values():
             _check_options(task)
         if all(task.options.get("pooling") != "pooler" for task in context.tasks.values()):
@@ -288,11 +287,6 @@ def _values(logits: Tensor, labels: Tensor) -> list[dict[str, float]]:
 
 def _check_options(task: TaskSpec) -> None:
     where = f"evaluate.tasks.{task.name}"
-    for key in task.options:
-        if key not in OPTIONS:
-            raise EvaluatorError(
-                f"there is no option {key!r} here", where=where, remedy=f"Known: {', '.join(OPTIONS)}."
-            )
     for key in ("file", "head"):
         if not isinstance(task.options.get(key), str):
             raise EvaluatorError(f"{key} must name a file", where=f"{where}.{key}")

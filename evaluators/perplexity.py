@@ -37,8 +37,7 @@ class Perplexity(Evaluator):
 
     def __init__(self, context: EvaluatorContext):
         super().__init__(context)
-        if context.options:
-            raise EvaluatorError(f"there is no option {next(iter(context.options))!r} here", where="evaluate")
+        self.check_options(OPTIONS)
         for task in context.tasks.values():
             self._check_options(task)
         self._items: dict[str, Item] = {}
@@ -120,11 +119,6 @@ class Perplexity(Evaluator):
     @staticmethod
     def _check_options(task: TaskSpec) -> None:
         where = f"evaluate.tasks.{task.name}"
-        for key in task.options:
-            if key not in OPTIONS:
-                raise EvaluatorError(
-                    f"there is no option {key!r} here", where=where, remedy=f"Known: {', '.join(OPTIONS)}."
-                )
         if ("file" in task.options) == ("dataset" in task.options):
             raise EvaluatorError("exactly one of file and dataset must be given", where=where)
         if task.options.get("unit", "paragraph") not in UNITS:

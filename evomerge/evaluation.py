@@ -126,6 +126,17 @@ class Evaluator:
         total = math.fsum(o.weight for o in outcomes)
         return math.fsum(o.values[metric] * o.weight for o in outcomes) / total
 
+    def check_options(self, known: Sequence[str]) -> None:
+        """EvaluatorError for an option of a task that is not among ``known``, or any of the experiment's own."""
+        for key in self.context.options:
+            raise EvaluatorError(f"this evaluator takes no option {key!r} here", where=f"evaluate.{key}")
+        for task in self.context.tasks.values():
+            for key in task.options:
+                if key not in known:
+                    raise EvaluatorError(
+                        f"there is no option {key!r}", where=f"evaluate.tasks.{task.name}", remedy=nearest(key, known)
+                    )
+
     def metric(self, task: str) -> str:
         """The metric that counts for ``task``: the experiment's choice, or this evaluator's default."""
         chosen = self.context.tasks[task].metric

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.recipe import DTYPES, Group, Recipe, Source
-from evomerge.validation import short, validate
+from evomerge.validation import Strict, short, validate
 
 # method -> defaults of the parameters that are read for it; what every expert has of its own is in PER_MODEL
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -30,10 +30,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 PER_MODEL = ("weight", "density")
 WITHOUT_EFFECT = ("int8_mask",)  # how mergekit keeps its masks
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 def _check_setting(value: Any) -> Any:
@@ -62,7 +58,7 @@ def _check_setting(value: Any) -> Any:
 Setting = Annotated[Any, BeforeValidator(_check_setting)]
 
 
-class _Model(_Strict):
+class _Model(Strict):
     model: Any
     parameters: dict[str, Setting] | None = None
 
@@ -71,14 +67,14 @@ class _SliceSource(_Model):
     layer_range: list[int] = Field(min_length=2, max_length=2)
 
 
-class _Slice(_Strict):
+class _Slice(Strict):
     sources: list[_SliceSource] = Field(min_length=1)
     base_model: Any = None
     residual_weight: float | None = None
     parameters: dict[str, Setting] | None = None
 
 
-class _Configuration(_Strict):
+class _Configuration(Strict):
     """The shape of a mergekit configuration; what it may say is up to the reading."""
 
     merge_method: str
@@ -124,6 +120,7 @@ class _Reading:
         if self.base is None and self.method != "linear":
             raise self.error("base_model", f"method {self.method} needs a base_model")
         slices = self.slices()
+        self.check_parameters(slices)
         self.experts = self.expert_paths(slices)
         sources = tuple(Source(name, path) for path, name in _names(self.experts).items())
         reference = open_checkpoint(self.base or self.experts[0])
@@ -155,6 +152,15 @@ class _Reading:
         ):
             if self.data.get(key) not in kept:
                 raise self.error(key, what, "Leave it out.")
+
+    def check_parameters(self, slices: Sequence[Mapping[str, Any]]) -> None:
+        sources = [source for entry in slices for source in entry["sources"]]
+        for parameters in (self.data.get("parameters") or {}, *(e["parameters"] for e in [*slices, *sources])):
+            for key in parameters:
+                if key not in (*DEFAULTS[self.method], *PER_MODEL, *WITHOUT_EFFECT):
+                    raise self.error(
+                        f"parameters.{key}", f"method {self.method} has no parameter {key!r} that evomerge knows"
+                    )
 
     def lay_out(self, slices: Sequence[dict[str, Any]], num_layers: int) -> None:
         """Check that the slices are all layers, each once and in order; fills in their ranges."""
@@ -234,7 +240,7 @@ class _Reading:
     # --- numbers ---------------------------------------------------------------------------------------------------
 
     def settings_of(self, name: str, info: Any, slices: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-        """(weights, parameters as sorted pairs) of one tensor."""
+        """(weights, parameters as pairs) of one tensor."""
         entry, t = slices[0], 0.0  # what comes before the layers reads the first slice; what comes after the last one
         if info.layer is not None:
             entry = next(s for s in slices if s["range"][0] <= info.layer < s["range"][1])
@@ -242,17 +248,11 @@ class _Reading:
             t = (info.layer - first) / (end - first - 1) if end - first > 1 else 1.0
         elif info.kind != "embedding":
             entry = slices[-1]
-        levels = [("", entry["parameters"]), ("parameters", self.data.get("parameters") or {})]
+        levels = [entry["parameters"], self.data.get("parameters") or {}]
         own = {source["model"]: source["parameters"] for source in entry["sources"]}
-        for _, parameters in [*levels, *own.items()]:
-            for key in parameters:
-                if key not in (*DEFAULTS[self.method], *PER_MODEL, *WITHOUT_EFFECT):
-                    raise self.error(
-                        f"parameters.{key}", f"method {self.method} has no parameter {key!r} that evomerge knows"
-                    )
 
         def value(key: str, model: str | None, default: Any) -> Any:
-            for parameters in ([own[model]] if model in own else []) + [parameters for _, parameters in levels]:
+            for parameters in [own[model], *levels] if model in own else levels:
                 found = _evaluate(parameters.get(key), name, t)
                 if found is not None:
                     return found

@@ -60,9 +60,7 @@ class _Plan:
                 f"the recipe's groups end at layer {end}, but the model has {layers} layers",
                 remedy=f"The groups must cover the layers 0 to {layers}, the last one excluded.",
             )
-        self._group_of = {
-            name: recipe.group_for(sources.info(name)) for name in sources.names if sources.is_float(name)
-        }
+        self._group_of = {name: recipe.group_for(info) for name, info in merger.infos.items()}
         self.recipe, self.method, self.dtype = recipe, METHODS[recipe.method], torch_dtype(recipe.export_dtype)
         self._groups = {
             id(group): check_params(recipe.method, self.method, {**recipe.params, **group.params})
@@ -99,6 +97,7 @@ class Merger:
     ):
         self.sources, self.device = sources, device
         self.fixed_params = dict(fixed_params or {})
+        self.infos = {name: sources.info(name) for name in sources.names if sources.is_float(name)}
         self._states: dict[str, tuple[dict[str, Any], Any]] = {}  # method -> (what was fixed, its state)
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
@@ -205,7 +204,7 @@ class Merger:
                 piece = tensor[start:stop]
                 yield piece.to(plan.dtype) if tensor.is_floating_point() else piece
             return
-        info = sources.info(name)
+        info = self.infos[name]
         weights, params = plan.numbers(info)
         call = {"weights": weights, "state": plan.state, "seed": plan.recipe.seed}
         factors = method.factors and sources.has_factors(name)

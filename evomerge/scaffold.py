@@ -53,7 +53,20 @@ compute_dtype: float32   # what the workers compute in
 seed: 0
 """
 
-EVALUATOR = '''\
+SCORE = '''\
+def score(model, tokenizer, items):
+    """One finite number an item, higher is better; a function of model and item alone."""
+    scores = []
+    for item in items:
+        ids = torch.tensor([tokenizer(item["text"])["input_ids"]], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].float()
+        scores.append(torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None]).mean().item())
+    return scores
+'''
+
+EVALUATOR = (
+    '''\
 """What the search is after: two functions, of which evomerge calls one for the questions and one for the answers.
 
 Here: how likely a model finds counting and spelling on, as the mean log-likelihood of a character.
@@ -71,16 +84,9 @@ def items():
     return count + letters
 
 
-def score(model, tokenizer, items):
-    """One finite number an item, higher is better; a function of model and item alone."""
-    scores = []
-    for item in items:
-        ids = torch.tensor([tokenizer(item["text"])["input_ids"]], device=model.device)
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, :-1].float()
-        scores.append(torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None]).mean().item())
-    return scores
 '''
+    + SCORE
+)
 
 
 def scaffold(out: Path, progress: Callable[[int, int], None] | None = None) -> Path:

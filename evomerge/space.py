@@ -95,6 +95,14 @@ class Space:
         parts = _parts(model.weights, num_layers, list(tensors), where)
         regions, weights = _regions(model, parts, experts, where)
         dimensions += weights
+        names = [dimension.name for dimension in dimensions]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise SpecError(
+                f"two dimensions would be called {twice!r}: an expert has the name of a parameter, or of the method",
+                where=where,
+                remedy="Rename the expert.",
+            )
         if not dimensions:
             raise nothing_moves(where)
         return cls(template, params, regions, tuple(dimensions))

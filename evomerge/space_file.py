@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from evomerge.dimensions import Dimension
 from evomerge.errors import MethodError, SpecError, UserError, nearest
 from evomerge.params import Param
-from evomerge.validation import at, short, validate
+from evomerge.validation import Strict, at, short, validate
 
 if TYPE_CHECKING:
     from evomerge.methods.base import Method
@@ -54,11 +55,7 @@ def _check_initial(value: Any) -> Any:
 Range = Annotated[list[float], BeforeValidator(_check_range)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class WeightsModel(_Strict):
+class WeightsModel(Strict):
     """Which weights may move, between which bounds, from where."""
 
     model_config = ConfigDict(title="weights")
@@ -125,7 +122,7 @@ class WeightsModel(_Strict):
         return self
 
 
-class MovingModel(_Strict):
+class MovingModel(Strict):
     """A parameter, or the method, as a dimension."""
 
     model_config = ConfigDict(title="moving")
@@ -154,7 +151,7 @@ class MovingModel(_Strict):
         return self
 
 
-class SpaceModel(_Strict):
+class SpaceModel(Strict):
     """A search space: the method, its parameters, and the weights; what is a range or choices may move."""
 
     model_config = ConfigDict(title="space")
@@ -215,7 +212,7 @@ def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, A
         if isinstance(value, Mapping) and key in method.params:
             label = f"{name}.{key}" if several else key
             dimension = _moving(label, method.params[key], value, at(place, key), name)
-            dimensions.append(dimension if not several else _when(dimension, name))
+            dimensions.append(replace(dimension, when=name) if several else dimension)
             values[key] = dimension.initial
             continue
         try:
@@ -287,8 +284,6 @@ def nothing_moves(where: str) -> SpecError:
 
 def _moving(label: str, param: Param, data: Mapping[str, Any], where: str, method: str) -> Dimension:
     """The dimension that ``data`` (see MovingModel) makes of a method's parameter."""
-    from dataclasses import replace
-
     model = validate(MovingModel, data, where=where)
     counted = param.type in (int, float) and not param.choices
     if counted != (model.range is not None) and not (counted and model.choices):
@@ -300,8 +295,8 @@ def _moving(label: str, param: Param, data: Mapping[str, Any], where: str, metho
     initial = param.default if model.initial is None else model.initial
     if model.choices is not None:
         values = [_legal(label, param, value, where, method) for value in model.choices]
-        dimension = Dimension(label, 0.0, len(values) - 1.0, values[0] if initial is None else initial)
-        dimension = replace(dimension, choices=tuple(values))
+        initial = values[0] if initial is None else initial
+        dimension = Dimension(label, 0.0, len(values) - 1.0, initial, choices=tuple(values))
     else:
         assert model.range is not None
         low, high = (float(_legal(label, param, end, where, method)) for end in model.range)
@@ -322,12 +317,6 @@ def _legal(label: str, param: Param, value: Any, where: str, method: str) -> Any
         return param.check(label, value, f"method {method}")
     except MethodError as error:
         raise SpecError(error.problem, where=where, remedy=error.remedy or f"{label}: {param.meaning}.") from error
-
-
-def _when(dimension: Dimension, method: str) -> Dimension:
-    from dataclasses import replace
-
-    return replace(dimension, when=method)
 
 
 def _check_methods(model: SpaceModel, experts: Sequence[str], where: str) -> None:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from evomerge.errors import SpecError, nearest
 from evomerge.evaluation import TaskSpec
 from evomerge.space_file import SpaceModel, check_space
-from evomerge.validation import at, plain_mapping, read_yaml, short, validate
+from evomerge.validation import Strict, at, plain_mapping, read_yaml, short, validate
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -130,10 +130,6 @@ def _null_is_empty(value: Any) -> Any:
     return {k: {} if v is None else v for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 class _Open(BaseModel):
     """Keys beyond the model's own are options for somebody else; a misspelt key of its own is still refused."""
 
@@ -161,7 +157,7 @@ class _Open(BaseModel):
         return self
 
 
-class StartSpec(_Strict):
+class StartSpec(Strict):
     """A merge to begin with."""
 
     model_config = ConfigDict(title="start")
@@ -188,7 +184,7 @@ class SearchSpec(_Open):
 
     model_config = ConfigDict(title="search")
 
-    method: str = Field(description="the searcher: cma, tpe or random")
+    method: str = Field(description="the searcher: cma, tpe, gp, random, sobol or grid")
     budget: int = Field(default=60, ge=1, description="how many candidates to evaluate; controls are not counted")
     time: Annotated[str | None, BeforeValidator(_check_time)] = Field(
         default=None, description="propose no candidate after this long, such as 90s, 30m, 6h or 1h30m"
@@ -222,7 +218,7 @@ class TaskEntry(_Open):
     )
 
 
-class FinishSpec(_Strict):
+class FinishSpec(Strict):
     """The closing stage of a study."""
 
     model_config = ConfigDict(title="finish")
@@ -257,7 +253,7 @@ class EvaluateSpec(_Open):
     finish: FinishSpec = Field(default=FinishSpec(), description="the closing stage of the study")
 
 
-class WorkersSpec(_Strict):
+class WorkersSpec(Strict):
     """How many workers there are and what each one gets."""
 
     model_config = ConfigDict(title="workers")
@@ -280,7 +276,7 @@ class WorkersSpec(_Strict):
     )
 
 
-class Spec(_Strict):
+class Spec(Strict):
     """An experiment: everything that a study is made from.
 
     ``base``, ``experts`` and the evaluator stand as they were written; ``base_path``, ``expert_paths`` and

@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evomerge.errors import SpecError, nearest
 
 MAX_NODES = 100_000  # of a YAML document with its aliases expanded: far beyond any experiment, far below a memory bomb
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """What users write, as it must be: no unknown keys, no conversions, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def at(where: str, key: str) -> str:

@@ -158,6 +158,15 @@ def test_parameters_move_where_a_range_or_choices_stand():
         found.decode({"density": 0.25, "mode": "mode", "add": 0.1, "spam": 0.2})
 
 
+def test_an_expert_with_the_name_of_a_parameter_that_moves_is_refused():
+    params = {"density": {"range": [0.1, 1.0]}}
+    with pytest.raises(SpecError, match="'density'"):
+        space("ties", experts=("density", "spam"), params=params, initial=1)
+    with pytest.raises(SpecError, match="'method'"):
+        space({"choices": ["ties", "dare_ties"]}, experts=("method", "spam"), initial=1)
+    assert space("ties", experts=("density", "spam"), initial=1).dimensions  # a fixed parameter is none
+
+
 CHOICE = {"choices": ["task_arithmetic", "ties", "dare_ties"], "initial": "ties"}
 CHOICE_PARAMS = {
     "ties": {"density": {"range": [0.1, 1.0]}, "scope": "tensor"},

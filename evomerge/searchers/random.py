@@ -6,7 +6,7 @@ from evomerge.searchers.base import Point, Searcher, Told, keyed_generator, unif
 
 
 class RandomSearcher(Searcher):
-    """Points drawn uniformly from the space's box, each keyed by (seed, n); proposal 0 is the initial point."""
+    """Points drawn uniformly from the space's box, each keyed by (seed, n), after the starts."""
 
     name = "random"
     summary = "uniform points, the first one the initial point; waits for nothing"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from evomerge.scaffold import SCORE
+
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 
 
@@ -143,7 +145,8 @@ def train_family(
     return folder
 
 
-EVALUATOR = '''"""Mean log-likelihood of fixed texts: cheap, continuous, and different for every candidate."""
+EVALUATOR = (
+    '''"""Mean log-likelihood of fixed texts: cheap, continuous, and different for every candidate."""
 
 import torch
 
@@ -154,15 +157,9 @@ def items():
             for task in ("one", "two") for i, (a, b) in enumerate((a, b) for a in words for b in words)]
 
 
-def score(model, tokenizer, items):
-    scores = []
-    for item in items:
-        ids = torch.tensor([tokenizer(item["text"])["input_ids"]], device=model.device)
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, :-1].float()
-        scores.append(torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None]).mean().item())
-    return scores
 '''
+    + SCORE
+)
 
 
 def write_experiment(folder: Path, **changes) -> Path:
