@@ -27,8 +27,12 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
 def make(name: str, space: Space, seed: int = 0, starts: Sequence[Point] = (), **options: Any) -> Searcher:
     """The searcher called ``name`` on ``space``.
 
+    Args:
+        options: the searcher's own, and ``num_objectives``.
+
     Raises:
-        SpecError: no such searcher, an unknown option, or a value outside its legal range.
+        SpecError: no such searcher, an unknown option, a value outside its legal range, or more objectives than it
+            takes.
     """
     if name not in SEARCHERS:
         raise SpecError(f"there is no searcher {name!r}", remedy=nearest(name, SEARCHERS))

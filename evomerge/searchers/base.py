@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from evomerge.dimensions import Point
 from evomerge.errors import MethodError, SpecError, StudyError, nearest
+from evomerge.objectives import Merit, merit, violation
 from evomerge.params import Param
 
 if TYPE_CHECKING:
@@ -19,12 +21,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Told:
-    """One trial that has ended. ``score`` is higher-is-better, and None unless ``state`` is complete."""
+    """One trial that has ended. ``score`` is higher-is-better, and None unless ``state`` is complete.
+
+    ``values`` are the objectives, higher is better, where there are several (``score`` is then their mean). ``margins``
+    are the constraints', in their order: above 0 by how far one is missed, 0 or below where it holds.
+
+    ``merit`` says which of two trials is better: a searcher that ranks uses it, and nothing else.
+    """
 
     n: int
     point: Point
     state: Literal["complete", "fail", "pruned"]
     score: float | None
+    values: tuple[float, ...] = ()
+    margins: tuple[float, ...] = ()
+
+    @property
+    def violation(self) -> float:
+        """The sum of what the constraints are missed by: 0 if all hold."""
+        return violation(self.margins)
+
+    @property
+    def usable(self) -> bool:
+        """Complete, with finite numbers: something to learn from. Everything else ranks as a failure."""
+        numbers = (self.score, *self.values, *self.margins)
+        return self.state == "complete" and all(x is not None and math.isfinite(x) for x in numbers)
+
+    @property
+    def merit(self) -> Merit:
+        """Higher is better: feasible by score, then infeasible by violation, then all that failed, alike."""
+        return merit(self.score, self.violation) if self.usable else merit(None)
 
 
 def keyed_generator(seed: int, *key: int) -> np.random.Generator:
@@ -74,18 +100,30 @@ class Searcher(ABC):
         space: the dimensions that may move.
         starts: the first proposals, points of the space; none: its initial point.
         seed: all random draws derive from it; no global random state is used.
+        num_objectives: how many values every trial is told with.
         options: values for ``params``; checked here, and in ``self.options`` with defaults filled in.
 
     Raises:
-        SpecError: an option is unknown or outside its legal range.
+        SpecError: an option is unknown or outside its legal range, or there are more objectives than it can take.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for the docs and the schema
     params: ClassVar[Mapping[str, Param]] = {}
+    objectives: ClassVar[Literal["one", "many"]] = "one"  # many: looks at ``Told.values``, or learns nothing
 
-    def __init__(self, space: Space, *, seed: int = 0, starts: Sequence[Point] = (), **options: Any):
-        self.space, self.seed = space, seed
+    def __init__(
+        self, space: Space, *, seed: int = 0, starts: Sequence[Point] = (), num_objectives: int = 1, **options: Any
+    ):
+        if num_objectives > 1 and self.objectives == "one":
+            from evomerge.searchers import SEARCHERS
+
+            able = ", ".join(name for name, searcher in SEARCHERS.items() if searcher.objectives == "many")
+            raise SpecError(
+                f"searcher {self.name} takes one objective, but there are {num_objectives}",
+                remedy=f"Use a search.method that takes several ({able}), or one objective, such as `of: mean`.",
+            )
+        self.space, self.seed, self.num_objectives = space, seed, num_objectives
         self.starts = [dict(point) for point in starts] or [space.initial()]
         self.options = check_options(self.name or type(self).__name__, self.params, options)
 

@@ -18,9 +18,9 @@ the best way or near it throughout, as no other was. What is left of the start v
 0.011 and 0.013; with BoundTransform 0.020 and 0.012; with BoundPenalty 0.082 and 0.015; with samples moved into the
 unit cube itself 0.007 and 0.046, as steps towards a bound die out early. On a linear function the penalty is better.
 
-Ranks: pycma is told the rank of each trial in its generation, never a score. CMA-ES uses nothing else; so there is
-one place where a failure becomes "worse than all", ties are broken by trial number, and no stop on equal scores can
-trigger.
+Ranks: pycma is told the rank of each trial in its generation, never a score. CMA-ES uses nothing else; so constraints
+need no penalty, a failure is "worse than all" without a number, ties are broken by trial number, and no stop on equal
+scores can trigger.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evomerge.errors import SpecError
+from evomerge.objectives import Merit
 from evomerge.params import Param
 from evomerge.searchers.base import Point, Searcher, Told, keyed_generator
 
@@ -75,7 +76,7 @@ class CMASearcher(Searcher):
     arrive, and proposals beyond the population are further samples of the current distribution.
 
     A generation in which no trial is better than another (all failed, or all with the same score) changes nothing.
-    Failed and pruned trials rank below all others.
+    Trials that miss a constraint rank below all that miss none, failed and pruned ones below all others.
 
     When the distribution has collapsed (every step below 1e-5 of its range, or numerically degenerate), the search
     starts anew from a uniformly drawn point with twice the population, at most ``restarts`` times; after that it goes
@@ -114,7 +115,7 @@ class CMASearcher(Searcher):
         self._asked: dict[int, tuple[int, np.ndarray]] = {}  # open proposals: n -> (run, pycma's point)
         self._generation: list[tuple[Told, np.ndarray]] = []  # trials of the current run told since its last update
         self._run = 0
-        self._means: list[tuple[float, np.ndarray]] = []  # of each run: (median score of its last generation, its mean)
+        self._means: list[tuple[Merit, np.ndarray]] = []  # of each run: (median merit of its last generation, its mean)
         self._begin(self._shares(self.starts[0]))
 
     @property
@@ -150,7 +151,7 @@ class CMASearcher(Searcher):
             self._starts.append(self._told)
 
     def recommend(self) -> Point | None:
-        """The mean of the distribution: of the run whose last generation had the best median score."""
+        """The mean of the distribution: of the run whose last generation had the best median."""
         if not self._means:
             return None
         return self._point(max(self._means, key=lambda run: run[0])[1])
@@ -192,23 +193,18 @@ class CMASearcher(Searcher):
             )
 
     def _update(self) -> None:
-        """The one place where trials become ranks: complete ones by score, then the failed; ties by trial number."""
-
-        def score(trial: Told) -> float:
-            usable = trial.state == "complete" and trial.score is not None and math.isfinite(trial.score)
-            return float(trial.score) if usable else -math.inf  # type: ignore[arg-type]
-
-        ranked = sorted(self._generation, key=lambda pair: (-score(pair[0]), pair[0].n))
+        """The one place where trials become ranks: by merit; ties by trial number."""
+        ranked = sorted(self._generation, key=lambda pair: (pair[0].merit, -pair[0].n), reverse=True)
         self._generation = []
-        scores = [score(trial) for trial, _ in ranked]
-        if scores[0] == scores[-1]:
+        merits = [trial.merit for trial, _ in ranked]
+        if merits[0] == merits[-1]:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._es.tell([x for _, x in ranked], list(range(len(ranked))))
             stop = self._es.stop()
         del self._means[self._run :]
-        self._means.append((scores[len(scores) // 2], np.clip(self._es.mean, -MARGIN, 1 + MARGIN)))
+        self._means.append((merits[len(merits) // 2], np.clip(self._es.mean, -MARGIN, 1 + MARGIN)))
         if stop and self._run < self.options["restarts"]:
             self._run += 1
             self._begin(keyed_generator(self.seed, self._run, RESTART_STREAM).random(len(self._names)))

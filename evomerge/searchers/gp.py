@@ -2,6 +2,7 @@
 
 A Matern 5/2 kernel with a length scale for each dimension; log expected improvement (Ament et al. 2023, "Unexpected
 Improvements to Expected Improvement for Bayesian Optimization", arXiv:2310.20708), over the open trials as well.
+Several objectives: log expected hypervolume improvement. Each constraint's margin has a model of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class GPSearcher(OptunaSearcher):
 
     name = "gp"
     summary = "Bayesian optimisation with a Gaussian process (Optuna's); few dimensions, costly candidates"
+    objectives = "many"
 
     def __init__(self, space: Any, *, seed: int = 0, **options: Any):
         super().__init__(space, seed=seed, **options)

@@ -23,6 +23,7 @@ class GridSearcher(Searcher):
 
     name = "grid"
     summary = "every combination of `steps` values of each dimension; waits for nothing"
+    objectives = "many"
     params: ClassVar[Mapping[str, Param]] = {
         "steps": Param(int, 3, "values of each dimension that is a number", low=2),
     }

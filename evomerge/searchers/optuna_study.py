@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -42,7 +41,10 @@ class OptunaSearcher(Searcher):
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study in memory is nobody's news
         try:
-            self._study = optuna.create_study(direction="maximize", storage=optuna.storages.InMemoryStorage())
+            self._study = optuna.create_study(
+                directions=[optuna.study.StudyDirection.MAXIMIZE] * self.num_objectives,
+                storage=optuna.storages.InMemoryStorage(),
+            )
         finally:
             optuna.logging.set_verbosity(verbosity)
 
@@ -95,8 +97,18 @@ class OptunaSearcher(Searcher):
 
     def tell(self, trial: Told) -> None:
         states = self._optuna.trial.TrialState
-        if trial.state == "complete" and trial.score is not None and math.isfinite(trial.score):
-            self._study.tell(trial.n, trial.score)
+        if trial.usable:
+            self._set_constraints(trial)
+            self._study.tell(trial.n, list(trial.values) if self.num_objectives > 1 else trial.score)
         else:
             pruned = trial.state == "pruned"
             self._study.tell(trial.n, state=states.PRUNED if pruned else states.FAIL)
+
+    def _set_constraints(self, trial: Told) -> None:
+        # The trial was proposed or replayed long ago: all that is left of it is its record in the storage.
+        record = self._optuna.trial.create_trial(state=self._optuna.trial.TrialState.RUNNING)
+        for number, margin in enumerate(trial.margins):
+            record.set_constraint(str(number), margin)
+        trial_id = self._study.get_trials(deepcopy=False)[trial.n]._trial_id
+        for key, value in record.system_attrs.items():
+            self._study._storage.set_trial_system_attr(trial_id, key, value)

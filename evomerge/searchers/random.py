@@ -10,6 +10,7 @@ class RandomSearcher(Searcher):
 
     name = "random"
     summary = "uniform points, the first one the initial point; waits for nothing"
+    objectives = "many"
 
     def needs(self, n: int) -> int:
         return 0

@@ -18,6 +18,7 @@ class SobolSearcher(Searcher):
 
     name = "sobol"
     summary = "an even cover of the space (scrambled Sobol sequence); waits for nothing"
+    objectives = "many"
 
     def __init__(self, space: Any, *, seed: int = 0, **options: Any):
         super().__init__(space, seed=seed, **options)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -62,12 +62,19 @@ def smooth(point: Point) -> float:
     return -sum(v * v for v in z) - 0.5 * z[0] * z[-1]
 
 
+def two(point: Point) -> tuple[float, float]:
+    """Two objectives in conflict, higher is better: close to 0.4 everywhere, and close to 1.4 everywhere."""
+    return tuple(-sum((value - goal) ** 2 for value in point.values()) for goal in (0.4, 1.4))  # type: ignore
+
+
 class MemoryStudy:
     """A study in memory.
 
     Args:
         make: builds the searcher; called again after every kill.
         score: of a point.
+        values: of a point, where there are several objectives; the score is then their mean.
+        margins: of a point, the constraints': above 0 where one is missed.
         workers: how many evaluations run at once.
         schedule: as in an experiment file.
         order: seeds the order in which running evaluations end.
@@ -79,12 +86,15 @@ class MemoryStudy:
         make: Callable[[], Searcher],
         score: Score,
         *,
+        values: Callable[[Point], Sequence[float]] | None = None,
+        margins: Callable[[Point], Sequence[float]] = lambda _: (),
         workers: int = 1,
         schedule: Literal["reproducible", "asynchronous"] = "reproducible",
         order: int = 0,
         disturb: Callable[[], None] = lambda: None,
     ):
-        self.make, self.score, self.workers, self.schedule, self.disturb = make, score, workers, schedule, disturb
+        self.make, self.score, self.values, self.margins = make, score, values, margins
+        self.workers, self.schedule, self.disturb = workers, schedule, disturb
         self.order = random.Random(order)
         self.searcher = make()
         self.points: list[Point] = []
@@ -121,11 +131,18 @@ class MemoryStudy:
         self.running.append(n)
 
     def end(self, n: int) -> None:
-        score = self.score(self.points[n])
-        self.results[n] = Told(n, self.points[n], "fail" if score is None else "complete", score)
+        self.results[n] = self.judge(n, self.points[n])
         if self.schedule == "asynchronous":
             self.events.append(("tell", n))
             self.searcher.tell(self.results[n])
+
+    def judge(self, n: int, point: Point) -> Told:
+        score = self.score(point)
+        if score is None:
+            return Told(n, point, "fail", None)
+        values = tuple(self.values(point)) if self.values else ()
+        score = sum(values) / len(values) if values else score
+        return Told(n, point, "complete", score, values, tuple(self.margins(point)))
 
     def tell_first(self, count: int) -> None:
         while self.told < count:
@@ -171,14 +188,15 @@ class SearcherContract:
     searcher: type[Searcher]
     options: ClassVar[Mapping[str, Any]] = {}
     draws: ClassVar[bool] = True  # False: the proposals do not depend on the seed
+    ranks: ClassVar[bool] = True  # False: what it learns from a score is more than its rank
     improves_within: ClassVar[int | None] = 60  # trials in 6 dimensions; None: the searcher does not learn
     budget: ClassVar[int] = 30
     kill_budget: ClassVar[int] = 18  # trials of the study that is killed after each of its steps
 
     # -- helpers
 
-    def make(self, space: Space | None = None, seed: int = 0) -> Searcher:
-        return self.searcher(space or make_space(), seed=seed, **self.options)
+    def make(self, space: Space | None = None, seed: int = 0, **settings: Any) -> Searcher:
+        return self.searcher(space or make_space(), seed=seed, **settings, **self.options)
 
     def study(
         self, score: Score = smooth, *, space: Space | None = None, seed: int = 0, **settings: Any
@@ -340,6 +358,74 @@ class SearcherContract:
     def test_equal_scores_go_on(self):
         study = self.study(lambda _: 0.5).run(self.budget).tell_all()
         assert len({tuple(p.values()) for p in study.points}) == self.budget
+
+    # -- constraints and objectives
+
+    def test_constraints_lead_the_search(self):
+        """The score rises towards a wall, and behind the wall a constraint is missed."""
+
+        def margins(point: Point) -> tuple[float]:
+            return (sum(point.values()) - 6.3,)
+
+        budget = self.improves_within or self.budget
+        study = self.study(lambda point: sum(point.values()), margins=margins, workers=2).run(budget).tell_all()
+        best = max(study.results.values(), key=lambda told: (told.merit, -told.n))
+        assert best.violation == 0
+        last = [sum(point.values()) for point in study.points[-10:]]
+        assert sum(last) / len(last) < 7.5  # of 12
+        recommended = study.searcher.recommend()
+        if recommended is not None:
+            assert sum(recommended.values()) < 7.5
+
+    def test_an_infeasible_trial_never_ranks_above_a_feasible_one(self):
+        """However high the scores are of trials that miss a constraint, the proposals stay the same."""
+        if not self.ranks:
+            pytest.skip("this searcher models scores")
+
+        def margins(point: Point) -> tuple[float]:
+            return (point["e0[0-3]"] - 1.05,)
+
+        def points(bonus: float) -> list[Point]:
+            return (
+                self.study(lambda p: smooth(p) + bonus * (margins(p)[0] > 0), margins=margins).run(self.budget).points
+            )
+
+        assert points(0.0) == points(1000.0)
+
+    @pytest.mark.parametrize("schedule", ["reproducible", "asynchronous"])
+    def test_constraints_survive_kills_and_failures(self, schedule: Literal["reproducible", "asynchronous"]):
+        def score(point: Point) -> float | None:
+            return None if point["e1[0-3]"] > 1.6 else smooth(point)
+
+        settings: dict[str, Any] = {
+            "margins": lambda point: (point["e0[0-3]"] - 1.05, 0.2 - point["e2[0-3]"]),
+            "workers": 3,
+            "schedule": schedule,
+        }
+        whole = self.study(score, **settings).run(self.kill_budget).points
+        for steps in range(0, 2 * self.kill_budget, 3):
+            study = (
+                self.study(score, **settings).run(self.kill_budget, steps=steps).kill().run(self.kill_budget, steps=5)
+            )
+            assert study.points == whole[: len(study.points)], f"killed after {steps} steps"
+
+    def test_several_objectives_are_taken_or_refused_with_a_searcher_that_can(self):
+        if self.searcher.objectives == "one":
+            with pytest.raises(SpecError, match="one objective") as refused:
+                self.make(num_objectives=2)
+            assert "random" in str(refused.value)
+            return
+
+        def study(**settings: Any) -> MemoryStudy:
+            return MemoryStudy(lambda: self.make(num_objectives=2), smooth, values=two, **settings)
+
+        whole = study().run(self.budget).tell_all()
+        assert study(workers=5, order=1).run(self.budget).points == whole.points
+        for point in whole.points:
+            assert make_space().encode(make_space().decode(point)) == point
+        for steps in range(0, 2 * self.kill_budget, 7):
+            killed = study(workers=3).run(self.kill_budget, steps=steps).kill().run(self.kill_budget, steps=5)
+            assert killed.points == whole.points[: len(killed.points)], f"killed after {steps} steps"
 
     # -- learning
 

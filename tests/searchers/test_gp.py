@@ -10,6 +10,7 @@ from evomerge.testing.searchers import SearcherContract, make_space
 
 class TestGP(SearcherContract):
     searcher = GPSearcher
+    ranks = False
     improves_within = 25
     budget = 16
     kill_budget = 14
