@@ -113,6 +113,30 @@ class Checkpoint:
         return [*weights, *self._extra]
 
 
+class Unbuilt(Checkpoint):
+    """A checkpoint that is still to be made: names and shapes of ``model``, floats in ``dtype``, and no numbers.
+
+    Stands for a stage where checking is all that is done.
+    """
+
+    def __init__(self, model: Checkpoint, dtype: torch.dtype):
+        super().__init__(model.path, model.config, model._places, model._extra)
+        self._dtype = dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = super().dtype(name)
+        return self._dtype if stored.is_floating_point else stored
+
+    def tensor(self, name: str) -> Tensor:
+        raise CheckpointError(
+            f"{name} is asked for of a stage that has not been built", remedy="Build it first: evomerge.stages.built."
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.numel(name) * self.dtype(name).itemsize for name in self.names)
+
+
 def map_tensor(storages: dict[Path, torch.UntypedStorage], path: Path, entry: Entry) -> Tensor:
     """A view of a file's bytes. ``storages`` keeps one private mapping a file, so that nothing is read twice."""
     if path not in storages:
@@ -168,11 +192,12 @@ def open_expert(path: str | Path, base: Checkpoint) -> Checkpoint | Adapter:
 
         return open_adapter(folder, base)
     expert = open_checkpoint(folder)
-    _check_family(expert, base)
+    check_family(expert, base)
     return expert
 
 
-def _check_family(expert: Checkpoint, base: Checkpoint) -> None:
+def check_family(expert: Checkpoint, base: Checkpoint) -> None:
+    """CheckpointError, naming the tensor, if ``expert`` cannot have been fine-tuned from ``base``."""
     remedy = f"Experts must be fine-tuned from {base.path}."
     for key, what in (("model_type", "architecture"), ("vocab_size", "vocabulary size")):
         mine, its = (text_config(c.config).get(key, c.config.get(key)) for c in (expert, base))

@@ -352,14 +352,22 @@ def _print_leaderboard(store: Any, format: str) -> None:
 def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int, device: str) -> None:
     _choice("--device", device.partition(":")[0], ("cpu", "cuda"))
     from evomerge.exporting import export as write
+    from evomerge.exporting import merged_bytes
     from evomerge.merging import verify_sources
     from evomerge.progress import Progress
+    from evomerge.stages import built
     from evomerge.worker import settle
+    from evomerge.writing import check_out
 
     progress = Progress()
     settle(threads=threads, device=device)
+    check_out(out.absolute())
     recipe = verify_sources(recipe)
-    with progress.stage("writing", 1, unit="B") as stage:
+    size = merged_bytes(recipe)
+    with (
+        built(recipe, out.absolute().parent, progress, more=size) as recipe,
+        progress.stage("writing", size, unit="B") as stage,
+    ):
 
         def report(done: int, total: int) -> None:
             stage.total = total

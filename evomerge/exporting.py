@@ -12,9 +12,9 @@ from typing import Any
 from evomerge.checkpoints import Sources
 from evomerge.errors import CheckpointError
 from evomerge.folders import optional_files, read_json, tokenizer_files
-from evomerge.merging import SHARD_SIZE, Merger, Report, open_sources, torch_dtype
-from evomerge.modelcard import model_card
-from evomerge.recipe import Recipe
+from evomerge.merging import SHARD_SIZE, Merger, Report, open_source, open_sources
+from evomerge.modelcard import all_sources, model_card
+from evomerge.recipe import Recipe, Source
 from evomerge.writing import check_out, sync, whole_folder
 
 MANIFEST, RECIPE_FILE, CARD_FILE = "evomerge_manifest.json", "recipe.yaml", "README.md"
@@ -46,7 +46,7 @@ def export(
     out = Path(out).absolute()
     check_out(out)
     sources = open_sources(recipe)
-    _check_space(out, sources, recipe)
+    check_room(out, merged_bytes(recipe))
     with whole_folder(out) as folder:
         hashes = Merger(sources, device=device).stream(recipe, folder, shard_size=shard_size, progress=progress)
         _write_companions(folder, sources, recipe, card or {})
@@ -72,12 +72,13 @@ def is_complete_export(path: str | Path, *, hashes: bool = False) -> bool:
     return bool(files)
 
 
-def _check_space(out: Path, sources: Sources, recipe: Recipe) -> None:
-    """CheckpointError if the disk cannot take the merge: better before the work than after."""
-    reference, width = sources.reference, torch_dtype(recipe.export_dtype).itemsize
-    needed = sum(
-        reference.numel(n) * (width if sources.is_float(n) else reference.dtype(n).itemsize) for n in sources.names
-    )
+def merged_bytes(recipe: Recipe) -> int:
+    """How many bytes of tensors the merge has. Raises CheckpointError if a source cannot be opened."""
+    return open_source(Source("", recipe=recipe)).total_bytes
+
+
+def check_room(out: Path, needed: int) -> None:
+    """CheckpointError if the disk of ``out`` cannot take so many bytes: better before the work than after."""
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -129,7 +130,8 @@ def _write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str]) -> 
             sync(file)
         if file.is_file():
             files[name] = {"size": file.stat().st_size, "sha256": hashes.get(name) or _sha256(file)}
-    manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "files": files}
+    sources = [{"role": role, "name": source.name, "sha256": content} for role, source, content in all_sources(recipe)]
+    manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "sources": sources, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)

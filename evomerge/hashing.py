@@ -43,19 +43,15 @@ def content_hash(path: str | Path, *, progress: Progress | None = None, cache: s
     total, done = sum(file.stat().st_size for file in files), 0
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
-        file_hash = kept.get(file)
-        if file_hash is None:
 
-            def report(bytes_read: int, before: int = done) -> None:
-                if progress is not None:
-                    progress(before + bytes_read, total)
+        def report(bytes_read: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + bytes_read, total)
 
-            file_hash = _hash_and_scan(file, report)
-            kept.put(file, file_hash)
+        digest.update(f"{kept.of(file, report)}  {file.name}\n".encode())
         done += file.stat().st_size
         if progress is not None:
             progress(done, total)
-        digest.update(f"{file_hash}  {file.name}\n".encode())
     kept.save()
     return digest.hexdigest()
 
@@ -151,6 +147,20 @@ class HashCache:
         except (OSError, ValueError):
             return {}
         return {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}
+
+    def of(self, file: Path, report: Callable[[int], None] = lambda done: None) -> str:
+        """SHA-256 of one file, known or taken now.
+
+        Args:
+            report: called with the bytes read.
+
+        Raises CheckpointError for NaN and infinity in a tensor, if the file is read.
+        """
+        known = self.get(file)
+        if known is None:
+            known = _hash_and_scan(file, report)
+            self.put(file, known)
+        return known
 
     def get(self, file: Path) -> str | None:
         return self._hashes.get(_identity(file))

@@ -16,6 +16,7 @@ from evomerge.pools import LocalPool, Pool, WorkerSpec
 from evomerge.progress import Progress
 from evomerge.running import Runner, StopSignal
 from evomerge.spec import Spec, load_spec
+from evomerge.stages import keep
 from evomerge.store import Store
 from evomerge.study import Study, idle_workers
 from evomerge.warmstart import starting_points
@@ -222,6 +223,7 @@ def run_study(
     if idle:
         progress.log(f"note: {idle}")
     with store.lock():
+        keep(plan.template, progress)
         store.clear_stop()
         if budget != store.record["budget"]:
             store.update_record(budget=budget)

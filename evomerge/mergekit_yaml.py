@@ -397,6 +397,8 @@ def to_mergekit(recipe: Recipe, *, lora: Iterable[str] = ()) -> dict[str, Any]:
 
     if recipe.method not in DEFAULTS:
         raise refuse(f"method {recipe.method}")
+    if any(s.recipe is not None for s in (recipe.base, *recipe.experts) if s is not None):
+        raise refuse("a source that is a recipe itself")
     if any(group.kinds for group in recipe.groups):
         raise refuse("groups by kind of module")
     adapters = set(lora)

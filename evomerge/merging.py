@@ -19,6 +19,8 @@ from evomerge.checkpoints import (
     INDEX,
     WEIGHTS,
     Sources,
+    Unbuilt,
+    check_family,
     check_tokenizers,
     content_hash,
     grid,
@@ -280,20 +282,33 @@ def _shards(sizes: Mapping[str, int], shard_size: int) -> dict[str, list[str]]:
 
 
 def open_sources(recipe: Recipe) -> Sources:
-    """The recipe's base and experts, opened without reading tensor data; raises CheckpointError naming the source."""
+    """The recipe's base and experts, opened without reading tensor data; raises CheckpointError naming the source.
+
+    A stage without a folder is checked all the way down, and is there with its names and shapes only (``Unbuilt``).
+    """
     base = None
     if recipe.base is not None:
         with _naming(recipe.base, "base"):
-            base = open_checkpoint(recipe.base.path)
+            base = open_source(recipe.base)
     experts: list[Any] = []
     for source in recipe.experts:
         with _naming(source, "expert"):
             first = base if base is not None else (experts[0] if experts else None)
-            expert = open_checkpoint(source.path) if first is None else open_expert(source.path, first)
+            expert = open_source(source, first)
             if first is not None:
                 check_tokenizers(first, [expert])
             experts.append(expert)
     return Sources(base, experts)
+
+
+def open_source(source: Source, base: Any = None) -> Any:
+    """One source, a fine-tuned one of ``base`` if that is given; raises CheckpointError."""
+    if source.recipe is None or source.path:
+        return open_checkpoint(source.path) if base is None else open_expert(source.path, base)
+    stage = Unbuilt(open_sources(source.recipe).reference, torch_dtype(source.recipe.export_dtype))
+    if base is not None:
+        check_family(stage, base)
+    return stage
 
 
 def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> Recipe:
@@ -302,8 +317,8 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
     Args:
         progress: called with (source name, bytes done, bytes in all).
 
-    Returns the recipe with all hashes filled in. Raises CheckpointError for a source whose content is not what the
-    recipe's sha256 says.
+    Returns the recipe with all hashes filled in, those of its stages included. Raises CheckpointError for a source
+    whose content is not what the recipe's sha256 says.
     """
 
     def checked(source: Source, role: str) -> Source:
@@ -312,6 +327,15 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
                 progress(source.name, done, total)
 
         with _naming(source, role):
+            if source.recipe is not None:
+                stage = verify_sources(source.recipe, progress)
+                if source.sha256 and source.sha256 != stage.hash:
+                    raise CheckpointError(
+                        f"the recipe of this stage has the hash {stage.hash}, but the recipe was made with "
+                        f"{source.sha256}",
+                        remedy="Restore the stage's recipe, or take the sha256 out to merge what it says now.",
+                    )
+                return replace(source, recipe=stage, sha256=stage.hash)
             found = content_hash(source.path, progress=report)
             if source.sha256 and source.sha256 != found:
                 raise CheckpointError(
@@ -331,6 +355,8 @@ def _naming(source: Source, role: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         where = error.where or f"{role} {source.name}"
+        if error.where and source.recipe is not None:
+            where = f"{role} {source.name}: {error.where}"
         raise CheckpointError(error.problem, where=where, remedy=error.remedy) from None
 
 

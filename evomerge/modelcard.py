@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from evomerge import __version__
-from evomerge.recipe import Group, Recipe
+from evomerge.recipe import Group, Recipe, Source
 
 MOST_ROWS = 64  # groups that a card shows
 
@@ -47,12 +47,30 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
     return "\n\n".join(parts) + "\n"
 
 
+def all_sources(recipe: Recipe, of: str = "") -> list[tuple[str, Source, str]]:
+    """(role, source, content hash) of all that a merge is made of; what a stage is made of comes right after it."""
+    rows: list[tuple[str, Source, str]] = []
+    for role, source in [("base", recipe.base), *(("expert", source) for source in recipe.experts)]:
+        if source is None:
+            continue
+        content = source.sha256 if source.recipe is None else source.recipe.hash
+        rows.append((f"{role} of {of}" if of else role, source, content))
+        if source.recipe is not None:
+            rows += all_sources(source.recipe, f"{source.name}, {of}" if of else source.name)
+    return rows
+
+
 def _sources(recipe: Recipe) -> str:
-    rows = [("base", recipe.base)] if recipe.base else []
-    rows += [("expert", source) for source in recipe.experts]
+    def name(source: Source) -> str:
+        stage = source.recipe
+        return source.name if stage is None else f"{source.name}, a stage by {stage.method} in {stage.export_dtype}"
+
     return _table(
         ["role", "name", "SHA-256 of its content"],
-        [[role, source.name, f"`{source.sha256[:16]}`" if source.sha256 else "not taken"] for role, source in rows],
+        [
+            [role, name(source), f"`{content[:16]}`" if content else "not taken"]
+            for role, source, content in all_sources(recipe)
+        ],
     )
 
 

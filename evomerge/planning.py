@@ -8,20 +8,22 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from evomerge import searchers
-from evomerge.checkpoints import Checkpoint, Sources, check_tokenizers, content_hash, open_checkpoint, open_expert
+from evomerge.checkpoints import Sources
 from evomerge.dimensions import Point
 from evomerge.errors import EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
+from evomerge.merging import open_sources, verify_sources
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
-from evomerge.recipe import Group, Recipe, Source
+from evomerge.recipe import Group, Recipe, Source, source_at
 from evomerge.searchers.base import Searcher
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_file
+from evomerge.stages import placed
 from evomerge.validation import at
 
 # Recorded with a study: another version may change scores in their last bits, so a resume says so (and goes on).
@@ -94,20 +96,16 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     if (address or spec.workers.address) is None:
         check_local_gpus(count, spec.workers.gpus)
 
-    base = open_checkpoint(spec.base_path)
-    experts = {name: open_expert(path, base) for name, path in spec.expert_paths.items()}
-    check_tokenizers(base, [e for e in experts.values() if isinstance(e, Checkpoint)])
-
-    names = list(experts)
     unhashed = Recipe(
-        base=Source("base", str(spec.base_path)),
-        experts=tuple(Source(n, str(p)) for n, p in spec.expert_paths.items()),
+        base=source_at("base", str(spec.base_path)),
+        experts=tuple(source_at(n, str(p)) for n, p in spec.expert_paths.items()),
         method="task_arithmetic",
-        groups=(Group(weights=(0.0,) * len(names)),),
+        groups=(Group(weights=(0.0,) * len(spec.experts)),),
         seed=spec.seed,
         export_dtype=spec.export_dtype,
     )
-    sources = Sources(base, list(experts.values()))
+    sources = open_sources(unhashed)
+    base = sources.reference
     shape = {"num_layers": base.num_layers, "tensors": [sources.info(n) for n in sources.names if sources.touched(n)]}
     make_searcher(spec, Space.from_dict(spec.space, template=unhashed, **shape, where=spec.space_where))
 
@@ -124,7 +122,7 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     evaluator.check(items)
     _require_every_split(items, context.tasks)
 
-    template = hash_sources(unhashed, progress)
+    template = placed(hash_sources(unhashed, progress))
     space = Space.from_dict(spec.space, template=template, **shape, where=spec.space_where)
     worker = WorkerSpec(
         folder=str(spec.folder),
@@ -173,18 +171,13 @@ def resolve_evaluator(spec: Spec) -> str:
 
 def hash_sources(recipe: Recipe, progress: Progress) -> Recipe:
     """``recipe`` with the content hash of every source; reads each file once, unless a cached hash still holds."""
+    with progress.stage("checking sources", 1, unit="B") as stage:
 
-    def hashed(source: Source) -> Source:
-        with progress.stage(f"checking {source.name}", 1, unit="B") as stage:
+        def report(name: str, done: int, total: int) -> None:
+            stage.total = total
+            stage.update(done, name)
 
-            def report(done: int, total: int) -> None:
-                stage.total = total
-                stage.update(done)
-
-            return replace(source, sha256=content_hash(source.path, progress=report))
-
-    base = hashed(recipe.base) if recipe.base else None
-    return replace(recipe, base=base, experts=tuple(hashed(s) for s in recipe.experts))
+        return verify_sources(recipe, report)
 
 
 def library_versions() -> dict[str, str]:

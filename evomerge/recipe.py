@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import MethodError, SpecError, nearest
-from evomerge.validation import read_yaml
+from evomerge.validation import at, read_yaml
 
 if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
@@ -20,16 +20,23 @@ if TYPE_CHECKING:
 FORMAT = 1
 KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+RECIPE_FILES = (".yaml", ".yml", ".json")
+MOST_STAGES = 16  # recipes inside each other
 KEYS = ("evomerge_recipe", "base", "experts", "method", "params", "groups", "weights", "seed", "export_dtype")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A base or an expert: its name in the experiment, where it lies, and the hash of what it holds."""
+    """A base or an expert: its name in the experiment, where it lies, and the hash of what it holds.
+
+    With ``recipe`` it is a stage: what that recipe makes. Then ``sha256`` is the recipe's hash, and ``path`` where it
+    has been built (empty: nowhere yet), which is no part of what it is.
+    """
 
     name: str
-    path: str
+    path: str = ""
     sha256: str = ""
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in recipe.yaml: every number of the merge, the method's defaults included.
 
-        Paths are kept as they were given.
+        Paths are kept as they were given. A stage is written out with all that it is made of.
         """
 
-        def source(s: Source) -> dict[str, str]:
+        def source(s: Source) -> dict[str, Any]:
+            if s.recipe is not None:
+                return {"name": s.name, "sha256": s.sha256, "recipe": s.recipe.to_dict()}
             return {"name": s.name, "path": s.path, "sha256": s.sha256}
 
         groups = []
@@ -129,11 +138,18 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of everything but names of places: content hashes stand for sources, not their paths."""
+        """SHA-256 (hex) of everything but names of places: content hashes stand for sources, not their paths.
+
+        A stage's is the hash of its recipe.
+        """
         data = self.to_dict()
-        for source in [data["base"], *data["experts"]]:
-            if source and source["sha256"]:
-                del source["path"]
+        written = [data["base"], *data["experts"]]
+        for source, entry in zip((self.base, *self.experts), written, strict=True):
+            if source is not None and source.recipe is not None:
+                entry["recipe"] = source.recipe.hash
+                del entry["sha256"]
+            elif source is not None and source.sha256:
+                del entry["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @classmethod
@@ -141,7 +157,8 @@ class Recipe:
         """A recipe from plain data: what ``to_dict`` gives, the short form people write, or a mergekit configuration.
 
         The short form may leave out hashes and everything that has a default, gives ``base`` as a path, ``experts`` as
-        {name: path}, and ``weights`` (one number, or {name: number}) at the top level instead of ``groups``.
+        {name: path}, and ``weights`` (one number, or {name: number}) at the top level instead of ``groups``. A source
+        that is a recipe file, or {recipe: data or file}, is a stage.
 
         Args:
             where: the file that errors name.
@@ -156,15 +173,29 @@ class Recipe:
 
         Raises SpecError if it cannot be read, is not a recipe, or breaks a rule.
         """
-        path = Path(path)
-        data = read_yaml(path, what="a recipe")
-        return _Reader(str(path), path.absolute().parent).recipe(data)
+        return _load(Path(path), ())
 
     def to_yaml(self) -> str:
         """The text of a recipe.yaml that ``load`` reads back to an equal recipe."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def is_recipe_file(path: str) -> bool:
+    """Does ``path``, as a user wrote it for a source, name a recipe (a stage) and not a folder?"""
+    return path.endswith(RECIPE_FILES)
+
+
+def source_at(name: str, path: str) -> Source:
+    """The source that a folder, or a recipe's file, is; raises SpecError for a recipe that breaks a rule."""
+    return Source(name, recipe=Recipe.load(path)) if is_recipe_file(path) else Source(name, path)
+
+
+def _load(path: Path, inside: tuple[str, ...]) -> Recipe:
+    """The recipe in a file. ``inside``: the recipes that it is a stage of, the outermost first."""
+    data = read_yaml(path, what="a recipe")
+    return _Reader(str(path), path.absolute().parent, (*inside, str(path.resolve()))).recipe(data)
 
 
 def holds(info: TensorInfo, layers: tuple[int, int] | None, kinds: Sequence[str] | None, end: int | None) -> bool:
@@ -192,12 +223,13 @@ class _Reader:
     """Turns plain data into a Recipe; every error names the file and the key.
 
     Args:
-        where: the file.
+        where: the file, or the file and the key that a stage stands at.
         folder: what relative paths in it are relative to (None: they are kept).
+        inside: the recipes from the outermost to this one, as files or places in them.
     """
 
-    def __init__(self, where: str, folder: Path | None = None):
-        self.where, self.folder = where, folder
+    def __init__(self, where: str, folder: Path | None = None, inside: tuple[str, ...] = ()):
+        self.where, self.folder, self.inside = where, folder, inside
 
     def recipe(self, data: Any) -> Recipe:
         if not isinstance(data, Mapping):
@@ -247,22 +279,46 @@ class _Reader:
         return tuple(found)
 
     def source(self, key: str, data: Any, name: Any) -> Source:
-        """A source given as a path, or as {name, path, sha256}."""
-        entry = {"path": data} if isinstance(data, str) else data
+        """A source given as a path, or as {name, path or recipe, sha256}."""
+        entry = {"recipe" if is_recipe_file(data) else "path": data} if isinstance(data, str) else data
         if not isinstance(entry, Mapping):
             raise self.error(key, f"must be a folder's path, but is {_shown(data)}")
-        self.known_keys(key, entry, ("name", "path", "sha256"))
+        self.known_keys(key, entry, ("name", "path", "recipe", "sha256"))
         name, path, sha256 = entry.get("name", name), entry.get("path"), entry.get("sha256") or ""
         if not isinstance(name, str) or not name:
             raise self.error(key, f"needs a name, but has {_shown(name)}")
-        if not isinstance(path, str) or not path:
-            raise self.error(key, f"needs a path, but has {_shown(path)}")
         if not isinstance(sha256, str):
             raise self.error(key, f"sha256 must be text, but is {_shown(sha256)}", "Put it in quotation marks.")
+        if "recipe" in entry:
+            if path is not None:
+                raise self.error(key, "has a path and a recipe", "Give the folder, or the recipe that makes it.")
+            return Source(name, sha256=sha256, recipe=self.stage(f"{key}.recipe", entry["recipe"]))
+        if not isinstance(path, str) or not path:
+            raise self.error(key, f"needs a path, but has {_shown(path)}")
         if self.folder is not None:
             beside = self.folder / Path(path).expanduser()
             path = str(beside) if beside.exists() else path  # otherwise a Hugging Face id, or wrong: opening it tells
         return Source(name, path, sha256)
+
+    def stage(self, key: str, data: Any) -> Recipe:
+        """The recipe of a source: written here, or in a file of its own."""
+        if len(self.inside) >= MOST_STAGES:
+            raise self.error(key, f"more than {MOST_STAGES} recipes inside each other")
+        if isinstance(data, Mapping):
+            place = at(self.where, key)
+            return _Reader(place, self.folder, (*self.inside, place)).recipe(data)
+        if not isinstance(data, str) or not is_recipe_file(data):
+            raise self.error(
+                key, f"must be a recipe or a recipe's file ({', '.join(RECIPE_FILES)}), but is {_shown(data)}"
+            )
+        file = (self.folder or Path()) / Path(data).expanduser()
+        place = str(file.resolve())
+        if place in self.inside:
+            circle = " -> ".join([*self.inside[self.inside.index(place) :], place])
+            raise self.error(key, f"a recipe cannot be made from itself, but {circle}", "Name another source.")
+        if not file.is_file():
+            raise self.error(key, f"there is no recipe {data!r} ({file.absolute()})", "Give the path of a recipe.")
+        return _load(file, self.inside)
 
     def method(self, name: Any, has_base: bool, num_experts: int) -> str:
         from evomerge.methods import METHODS
@@ -284,7 +340,7 @@ class _Reader:
         try:
             checked = _check_params(method, {**shared, **given})
         except MethodError as error:
-            raise MethodError(error.problem, where=f"{self.where}: {key}", remedy=error.remedy) from None
+            raise MethodError(error.problem, where=at(self.where, key), remedy=error.remedy) from None
         return {name: checked[name] for name in given} if shared else checked
 
     def groups(self, data: Any, method: str, params: Mapping[str, Any], names: list[str]) -> tuple[Group, ...]:
@@ -362,7 +418,7 @@ class _Reader:
             try:
                 weights.append(float(METHODS[method].weight.check(name, value, f"the weight of method {method}")))
             except MethodError as error:
-                raise MethodError(error.problem, where=f"{self.where}: {key}", remedy=error.remedy) from None
+                raise MethodError(error.problem, where=at(self.where, key), remedy=error.remedy) from None
         return tuple(weights)
 
     def known_keys(self, key: str, data: Mapping[Any, Any], known: Sequence[str]) -> None:
@@ -371,7 +427,7 @@ class _Reader:
                 raise self.error(key, f"there is no {name!r} here", nearest(str(name), known))
 
     def error(self, key: str, problem: str, remedy: str | None = None) -> SpecError:
-        return SpecError(problem, where=f"{self.where}: {key}" if key else self.where, remedy=remedy)
+        return SpecError(problem, where=at(self.where, key) if key else self.where, remedy=remedy)
 
 
 def _shown(value: Any) -> str:

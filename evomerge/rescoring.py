@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from evomerge.checkpoints import Sources, check_tokenizers, open_checkpoint
 from evomerge.errors import CandidateError, EvaluatorError, SpecError, StudyError
 from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
 from evomerge.exporting import RECIPE_FILE
-from evomerge.merging import Merger, load_resident, open_sources
+from evomerge.merging import Merger, load_resident, open_sources, verify_sources
 from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
+from evomerge.stages import built, stages
 from evomerge.store import Store
 from evomerge.worker import load_tokenizer, settle
 
@@ -56,7 +58,7 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
     spec = plan.spec
     settle(threads=plan.worker.threads, device=plan.worker.device)
     if target.is_dir():
-        check_tokenizers(open_checkpoint(target), [open_checkpoint(spec.base_path)])
+        check_tokenizers(open_checkpoint(target), [plan.sources.reference])
         model = load_resident(
             target,
             auto_class=plan.evaluator.auto_class,
@@ -64,25 +66,28 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
             device=plan.worker.device,
             unused=plan.evaluator.unused,
         )
-        tokenizer_folder = target
+        tokenizer = load_tokenizer(target)
         recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None
     elif target.is_file():
         recipe = Recipe.load(target)
-        sources: Sources = open_sources(recipe)
         if recipe.base is None:
             raise SpecError("a recipe without a base cannot be evaluated", where=str(target), remedy="Export it first.")
-        model = load_resident(
-            recipe.base.path,
-            auto_class=plan.evaluator.auto_class,
-            compute_dtype=spec.compute_dtype,
-            device=plan.worker.device,
-            unused=plan.evaluator.unused,
-        )
-        Merger(sources, device=plan.worker.device).into(model, recipe)
-        tokenizer_folder = Path(recipe.base.path)
+        if stages(recipe):
+            recipe = verify_sources(recipe)
+        with built(recipe, Path(tempfile.gettempdir())) as ready:
+            sources: Sources = open_sources(ready)
+            model = load_resident(
+                sources.reference.path,
+                auto_class=plan.evaluator.auto_class,
+                compute_dtype=spec.compute_dtype,
+                device=plan.worker.device,
+                unused=plan.evaluator.unused,
+            )
+            Merger(sources, device=plan.worker.device).into(model, recipe)
+            tokenizer = load_tokenizer(sources.reference.path)
     else:
         raise SpecError(f"{target} is neither a checkpoint folder nor a recipe file", remedy="Check the path.")
-    place = Target(model, load_tokenizer(tokenizer_folder), plan.worker.device)
+    place = Target(model, tokenizer, plan.worker.device)
     plan.evaluator.prepare(place, plan.items)
     ids = plan.item_ids(split)
     try:

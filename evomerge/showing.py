@@ -10,12 +10,14 @@ from typing import Any
 import yaml
 
 from evomerge.errors import MethodError, StudyError, nearest
+from evomerge.exporting import merged_bytes
 from evomerge.launch import Options, storage_of
 from evomerge.leaderboard import find_winner
 from evomerge.planning import Plan
 from evomerge.progress import clock, size
 from evomerge.recipe import Recipe
 from evomerge.spec import Spec
+from evomerge.stages import kept_folder, stages
 from evomerge.store import Evaluation, Store
 from evomerge.study import idle_workers, opening_controls, sweep_values
 from evomerge.warmstart import starting_points
@@ -133,11 +135,14 @@ def describe_plan(plan: Plan, options: Options) -> str:
     resident = sum(base.numel(n) for n in base.names) * {"float32": 4, "float64": 8}.get(spec.compute_dtype, 2)
     lines = [
         f"study        {spec.name} in {storage_of(spec, options.storage)}",
-        f"base         {spec.base_path}  {size(base.total_bytes)}  sha256 {plan.template.base.sha256[:12]}"
+        f"base         {plan.template.base.path}  {size(base.total_bytes)}  sha256 {plan.template.base.sha256[:12]}"
         if plan.template.base
         else "",
     ]
     lines += [f"expert       {s.name}: {s.path}  sha256 {s.sha256[:12]}" for s in plan.template.experts]
+    for stage_hash, (name, stage) in stages(plan.template).items():
+        there = "is there" if kept_folder(stage_hash).is_dir() else f"will be built, {size(merged_bytes(stage))}"
+        lines.append(f"stage        {name}: {len(stage.experts)} experts by {stage.method}; {there}")
     lines.append(f"space        {' | '.join(space.methods)}, {len(space.dimensions)} dimensions")
     lines += [f"  {d.name:<22} {d.text()}, from {d.initial_text()}" for d in space.dimensions[:12]]
     if len(space.dimensions) > 12:

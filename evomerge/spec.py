@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.evaluation import TaskSpec
+from evomerge.recipe import is_recipe_file
 from evomerge.space_file import SpaceModel, check_space
 from evomerge.validation import Strict, at, plain_mapping, read_yaml, short, validate
 
@@ -286,9 +287,13 @@ class Spec(Strict):
     model_config = ConfigDict(title="evomerge experiment")
 
     name: Annotated[str, BeforeValidator(_check_name)] = Field(description="the study's name in its storage")
-    base: str = Field(min_length=1, description="folder of the base model, relative to the experiment file")
+    base: str = Field(
+        min_length=1,
+        description="folder of the base model, relative to the experiment file; or a recipe file that makes it",
+    )
     experts: Annotated[dict[str, str], BeforeValidator(_check_expert_names)] = Field(
-        min_length=1, description="experts by name: folders of fine-tuned models or LoRA adapters of the base"
+        min_length=1,
+        description="experts by name: folders of fine-tuned models or LoRA adapters of the base, or recipe files",
     )
     space: dict[str, Any] = Field(description="the search space: a file, or written here")
     search: SearchSpec = Field(description="which searcher, how long, and its own options")
@@ -467,7 +472,7 @@ def _check_search(spec: Spec, where: str) -> None:
 def _check_files(spec: Spec, where: str) -> None:
     for key, name in [("base", spec.base), *((f"experts.{e}", p) for e, p in spec.experts.items())]:
         folder = _absolute(name, spec.folder)
-        if folder.is_dir():
+        if folder.is_dir() or (is_recipe_file(name) and folder.is_file()):
             continue
         remedy = "Give the folder, relative to the experiment file."
         if folder.exists():

@@ -156,6 +156,7 @@ def short(value: Any) -> str:
 
 
 _RULES = {
+    "too_short": "must not be empty",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -168,7 +169,6 @@ _RULES = {
     "model_type": "must be a mapping (key: value)",
     "model_attributes_type": "must be a mapping (key: value)",
     "list_type": "must be a list",
-    "too_short": "must not be empty",
     "string_too_short": "must not be empty",
 }
 _COMPARISONS = {
@@ -198,7 +198,15 @@ def _explain(model: type[BaseModel], finding: Any) -> tuple[str, str | None]:
         return f"{name} {sign} {context[key]} must hold, but {name} is {short(value)}", meaning
     if "remedy" in context:
         return finding["msg"], context["remedy"] or meaning
-    return f"{name} {_RULES.get(kind, finding['msg'])}, but is {short(value)}", meaning
+    rule = _length_rule(kind, context) or _RULES.get(kind, finding["msg"])
+    return f"{name} {rule}, but is {short(value)}", meaning
+
+
+def _length_rule(kind: str, context: Mapping[str, Any]) -> str | None:
+    """What a list of the wrong length must have."""
+    if kind == "too_short" and context["actual_length"]:
+        return f"must have at least {context['min_length']} values"
+    return f"must have at most {context['max_length']} values" if kind == "too_long" else None
 
 
 def _dotted(loc: tuple[Any, ...]) -> str:

@@ -210,6 +210,13 @@ def test_what_evomerge_cannot_say_is_refused_by_name(read, case: str):
         ("merge_method: [x]\nmodels: 3", ["merge_method", "models"]),
         ("merge_method: linear\nmodels: [some/where]", ["models[0]", "mapping"]),
         ("merge_method: linear\nslices: [{sources: [{model: x, layer_range: 5}]}]", ["layer_range", "list"]),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: x, layer_range: [5]}]}]",
+            ["layer_range", "at least 2", "[5]"],
+        ),
+        ("merge_method: linear\nslices: [{sources: [{model: x, layer_range: [0, 1, 2]}]}]", ["at most 2", "[0, 1, 2]"]),
+        ("merge_method: linear\nslices: []", ["exactly one of models and slices"]),
+        ("merge_method: linear\nslices: [{sources: []}]", ["sources", "must not be empty"]),
         ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]", ["'model' is missing"]),
         ("merge_method: linear\nmodels: [{model: x, parameters: {weight: [{filter: 3, value: 1}]}}]", ["weight"]),
         ("merge_method: linear\nmodels: [{model: x, parameters: {weight: null}}]", ["weight"]),
