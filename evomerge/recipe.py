@@ -322,7 +322,7 @@ class _Reader:
 
     def method(self, name: Any, has_base: bool, num_experts: int) -> str:
         from evomerge.methods import METHODS
-        from evomerge.methods.arithmetic import check_experts
+        from evomerge.methods.base import check_experts
 
         if name not in METHODS:
             raise self.error("method", f"there is no method {_shown(name)}", nearest(str(name), METHODS))

@@ -29,6 +29,7 @@ from evomerge.evaluation import (
     load_evaluator,
 )
 from evomerge.merging import Merger, load_resident
+from evomerge.methods.base import InputsChanged
 from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
 from evomerge.recipe import Recipe
 
@@ -98,6 +99,7 @@ class Worker:
 
         Raises:
             CheckpointError: the recipe is not of this worker's sources.
+            MethodError: the method wrote into them.
         """
         began = time.perf_counter()
         seconds: dict[str, float] = {}
@@ -111,6 +113,8 @@ class Worker:
             with _seconds(seconds, "evaluate"), _seeded(self.spec.seed):
                 answer = self.evaluator.evaluate(self.target, list(job.item_ids))
             outcomes = _checked(answer, job.item_ids)
+        except InputsChanged:
+            raise  # every candidate after this one would be built from spoiled sources
         except (Exception, SystemExit) as error:
             failure = failure_of(error)
         if failure is not None and failure.kind == "memory":

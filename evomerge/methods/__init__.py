@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CheckpointError, MethodError, nearest
-from evomerge.methods.arithmetic import check_experts, check_weights
-from evomerge.methods.base import Method, TensorInfo, check_params
+from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
 from evomerge.methods.basic import Linear, TaskArithmetic
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.control import RandomVectors

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError, nearest
 from evomerge.params import Param
+
+ANY_WEIGHT = Param(float, 1.0, "what multiplies this expert's task vector; any sign, 0 leaves the expert out")
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,18 @@ State = Any
 SourceIterable = Iterable[tuple[TensorInfo, Tensor | None, Sequence[Any]]]  # info, base, experts (LoRA ones dense)
 
 
-class Method(Protocol):
+class Method(ABC):
     """The arithmetic that combines tensors. No modules, no files, no global random state; inputs are never changed.
+
+    A method sets ``name``, ``summary``, ``reference`` and ``combine``, and what differs from the defaults below, which
+    are those of most methods: entry by entry, without state, around a base.
 
     Attributes:
         name: its key in METHODS.
-        params: the method's own parameters (``weights`` is not among them: every method has one weight an expert).
-        weight: default, legal range and meaning of one expert's weight.
         summary: one line for ``evomerge methods``.
         reference: paper, section and equation.
+        params: the method's own parameters (``weights`` is not among them: every method has one weight an expert).
+        weight: default, legal range and meaning of one expert's weight.
         needs_base: False if the method works without a base.
         num_experts: how many experts it takes, as (fewest, most or None).
         factors: takes LoRA experts as LowRank; the others receive them dense. Its slices of a tensor that has such
@@ -68,19 +76,43 @@ class Method(Protocol):
     """
 
     name: str
-    params: Mapping[str, Param]
-    weight: Param
     summary: str
     reference: str
-    needs_base: bool
-    num_experts: tuple[int, int | None]
-    factors: bool
-    chunked: bool
-    keeps_base: bool
+    params: Mapping[str, Param] = MappingProxyType({})
+    weight: Param = ANY_WEIGHT
+    needs_base: bool = True
+    num_experts: tuple[int, int | None] = (1, None)
+    factors: bool = False
+    chunked: bool = True
+    keeps_base: bool = True
+
+    @abstractmethod
+    def combine(
+        self,
+        base: Any,
+        experts: Sequence[Any],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: State | None,
+        seed: int,
+        **params: Any,
+    ) -> Tensor:
+        """The method itself, in fresh memory. Called by ``merge`` with arguments that have been checked.
+
+        Args:
+            base: theta_0, or a slice of it; None only for a method that does not need it.
+            experts: of the base's shape; LowRank only where ``factors``. One that *is* ``base`` has no task vector.
+            weights: one legal weight an expert.
+            dtype: the arithmetic dtype, which the result must have: the wider of float32 and the storage dtypes.
+            info: which tensor or slice this is. A slice comes only where ``chunked_with`` agrees.
+            params: all of the method's parameters, in their types. (Those not needed end in a ``**_``.)
+        """
 
     def is_linear(self, **params: Any) -> bool:
         """True if the merged tensor is affine in the weights for these parameters."""
-        ...
+        return False
 
     def chunked_with(self, state: State | None, **params: Any) -> bool:
         """True if ``merge`` may be called on flat slices with this state and these parameters.
@@ -88,7 +120,7 @@ class Method(Protocol):
         If False, ``prepare`` on the one tensor (it is its own source) may give the state that is missing; otherwise
         ``merge`` needs the whole tensor. ``methods.chunks.merge_chunks`` does all this.
         """
-        ...
+        return self.chunked
 
     def prepare(self, sources: SourceIterable, statistics: Any = None, **fixed: Any) -> State | None:
         """What no candidate changes: thresholds, norms, angles. ``sources`` can be iterated again and again.
@@ -96,7 +128,7 @@ class Method(Protocol):
         State is keyed by tensor name, may be dropped and prepared anew, and holds no expert-sized tensors. ``fixed``
         are the parameters that no candidate changes; one that is absent varies.
         """
-        ...
+        return None
 
     def merge(
         self,
@@ -109,12 +141,49 @@ class Method(Protocol):
         seed: int = 0,
         **params: Any,
     ) -> Tensor:
-        """The merged tensor (or slice) in the arithmetic dtype: the wider of float32 and the storage dtype.
+        """The merged tensor (or slice) in the arithmetic dtype. Rounding to export_dtype is the caller's.
 
         Experts are tensors, or LowRank too for a method that takes ``factors``. One that *is* the ``base`` object has
-        no task vector here. Rounding to export_dtype is the caller's.
+        no task vector here.
+
+        Raises:
+            MethodError: base, experts, weights or parameters break a rule; a slice of what must be whole; or
+                ``combine`` gave a tensor of another shape or dtype.
+            InputsChanged: ``combine`` wrote into what it was given.
         """
-        ...
+        check_experts(self, base is not None, len(experts))
+        check_weights(self, weights, len(experts))
+        values = check_params(self.name, self, params)
+        first = experts[0] if base is None else base
+        if is_slice(info, first) and not self.chunked_with(state, **values):
+            raise MethodError(
+                f"method {self.name} got a slice of {info.name}, but needs the whole tensor with these parameters",
+                remedy="Hand over the whole tensor, or the state that prepare gives for it.",
+            )
+        tensors = [t for e in (base, *experts) for t in ((e.B, e.A) if isinstance(e, LowRank) else (e,))]
+        dtype = arithmetic_dtype(base, *(e for e in experts if isinstance(e, Tensor)))
+        versions = [_version(tensor) for tensor in tensors]
+        merged = self.combine(base, experts, weights=weights, dtype=dtype, info=info, state=state, seed=seed, **values)
+        if [_version(tensor) for tensor in tensors] != versions:
+            raise InputsChanged(
+                f"method {self.name} wrote into the base or an expert at {info.name}, so that they are spoiled now",
+                remedy="Work on copies: torch.sub(expert, base) instead of expert.sub_(base).",
+            )
+        if merged.shape != first.shape or merged.dtype != dtype:
+            raise MethodError(
+                f"method {self.name} gave {tuple(merged.shape)} in {merged.dtype} for {info.name}, which is "
+                f"{tuple(first.shape)} and merged in {dtype}"
+            )
+        return merged
+
+
+class InputsChanged(MethodError):
+    """A method wrote into its inputs: nothing can be built from these sources any more."""
+
+
+def _version(tensor: Tensor | None) -> int:
+    """How often ``tensor`` has been written to."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -135,3 +204,29 @@ def check_params(name: str, method: Method, params: Mapping[str, Any]) -> dict[s
                 remedy=nearest(key, method.params) if method.params else f"{name} has no parameters.",
             )
     return {k: p.check(k, params.get(k, p.default), f"method {name}") for k, p in method.params.items()}
+
+
+def check_experts(method: Method, has_base: bool, num_experts: int) -> None:
+    """MethodError if ``method`` needs a base that is not there, or does not take that many experts."""
+    if method.needs_base and not has_base:
+        raise MethodError(f"method {method.name} works on task vectors, but there is no base", remedy="Name a base.")
+    fewest, most = method.num_experts
+    if num_experts < fewest or (most is not None and num_experts > most):
+        allowed = (
+            f"exactly {fewest}" if most == fewest else f"at least {fewest}" if most is None else f"{fewest}..{most}"
+        )
+        raise MethodError(f"method {method.name} takes {allowed} experts, but got {num_experts}")
+
+
+def check_weights(method: Method, weights: Sequence[float], num_experts: int) -> list[float]:
+    """One legal weight an expert, as floats, or MethodError."""
+    if len(weights) != num_experts:
+        raise MethodError(
+            f"method {method.name} takes one weight an expert, but {num_experts} experts have {len(weights)} weights"
+        )
+    return [method.weight.check(f"weights[{t}]", w, f"method {method.name}") for t, w in enumerate(weights)]
+
+
+def is_slice(info: TensorInfo, tensor: Tensor) -> bool:
+    """Is ``tensor`` only a part of the tensor that ``info`` describes?"""
+    return info.start != 0 or tensor.numel() != math.prod(info.shape)

@@ -7,25 +7,17 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import (
-    SCALE,
-    TASK_WEIGHT,
-    MethodDefaults,
-    add_low_rank,
-    add_to_base,
-    check_call,
-    task_vectors,
-    weighted_sum,
-)
-from evomerge.methods.base import LowRank, State, TensorInfo, arithmetic_dtype
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_low_rank, add_to_base, task_vectors, weighted_sum
+from evomerge.methods.base import LowRank, Method
 from evomerge.params import Param
 
 
 @final
-class Linear(MethodDefaults):
+class Linear(Method):
     """sum_t w_t theta_t, divided by sum_t w_t if ``normalize``. One weight at 1 gives that expert's very numbers."""
 
     name = "linear"
@@ -39,19 +31,17 @@ class Linear(MethodDefaults):
     def is_linear(self, **params: Any) -> bool:
         return not params.get("normalize", self.params["normalize"].default)
 
-    def merge(
+    def combine(
         self,
         base: Tensor | None,
         experts: Sequence[Tensor],
         *,
         weights: Sequence[float],
-        info: TensorInfo,
-        state: State | None = None,
-        seed: int = 0,
-        **params: Any,
+        dtype: torch.dtype,
+        normalize: bool,
+        **_: Any,
     ) -> Tensor:
-        """Also raises MethodError if ``normalize`` is asked for and the weights sum to zero."""
-        normalize = check_call(self, base, experts, weights, params)["normalize"]
+        """Raises MethodError if ``normalize`` is asked for and the weights sum to zero."""
         divisor = 1.0
         if normalize:
             divisor = math.fsum(weights)
@@ -65,7 +55,6 @@ class Linear(MethodDefaults):
         for expert, weight in zip(experts, weights, strict=True):
             shares.setdefault(id(expert), []).append(weight)
         coefficients = {key: math.fsum(share) / divisor for key, share in shares.items()}
-        dtype = arithmetic_dtype(base, *experts)
         distinct = {id(expert): expert for expert in experts}
         total: Tensor | None = None
         for key, expert in distinct.items():
@@ -81,7 +70,7 @@ class Linear(MethodDefaults):
 
 
 @final
-class TaskArithmetic(MethodDefaults):
+class TaskArithmetic(Method):
     """theta_0 + scale sum_t w_t tau_t. The paper's lambda is the weight; a negative one forgets a task."""
 
     name = "task_arithmetic"
@@ -94,23 +83,19 @@ class TaskArithmetic(MethodDefaults):
     def is_linear(self, **params: Any) -> bool:
         return True
 
-    def merge(
+    def combine(
         self,
-        base: Tensor | None,
+        base: Tensor,
         experts: Sequence[Tensor | LowRank],
         *,
         weights: Sequence[float],
-        info: TensorInfo,
-        state: State | None = None,
-        seed: int = 0,
-        **params: Any,
+        dtype: torch.dtype,
+        scale: float,
+        **_: Any,
     ) -> Tensor:
         """A LowRank expert is its task vector itself: its B A is added without being made."""
-        scale = check_call(self, base, experts, weights, params)["scale"]
-        assert base is not None
         scaled = [(scale * weight, expert) for weight, expert in zip(weights, experts, strict=True)]
         dense = [(weight, expert) for weight, expert in scaled if isinstance(expert, Tensor)]
-        dtype = arithmetic_dtype(base, *(expert for _, expert in dense))
         vectors = task_vectors(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype)
         merged = add_to_base(base, weighted_sum((weight, vector) for _, weight, vector in vectors), dtype)
         return add_low_rank(merged, [(weight, expert) for weight, expert in scaled if isinstance(expert, LowRank)])

@@ -10,21 +10,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import (
-    SCALE,
-    TASK_WEIGHT,
-    MethodDefaults,
-    check_call,
-    is_slice,
-)
-from evomerge.methods.base import State, TensorInfo, arithmetic_dtype
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
+from evomerge.methods.base import Method, TensorInfo
 from evomerge.methods.random import BLOCK, normal
 from evomerge.params import Param
 
 
 @final
-class RandomVectors(MethodDefaults):
+class RandomVectors(Method):
     """theta_0 + scale sum_t w_t r_t, r_t standard normal noise scaled to the norm of tau_t, tensor by tensor."""
 
     name = "random_vectors"
@@ -37,24 +30,18 @@ class RandomVectors(MethodDefaults):
     def is_linear(self, **params: Any) -> bool:
         return True
 
-    def merge(
+    def combine(
         self,
-        base: Tensor | None,
+        base: Tensor,
         experts: Sequence[Tensor],
         *,
         weights: Sequence[float],
+        dtype: torch.dtype,
         info: TensorInfo,
-        state: State | None = None,
-        seed: int = 0,
-        **params: Any,
+        seed: int,
+        scale: float,
+        **_: Any,
     ) -> Tensor:
-        """Raises MethodError for a slice."""
-        scale = check_call(self, base, experts, weights, params)["scale"]
-        assert base is not None
-        if is_slice(info, base):
-            raise MethodError(f"method random_vectors got a slice of {info.name}, but norms need the whole tensor")
-        dtype = arithmetic_dtype(base, *experts)
-
         theta_0 = base.reshape(-1)
         noise = theta_0.new_empty(theta_0.shape, dtype=dtype)  # of one expert at a time
         total = theta_0.to(dtype, copy=True)

@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import (
-    SCALE,
-    TASK_WEIGHT,
-    MethodDefaults,
-    add_to_base,
-    check_call,
-    is_slice,
-    task_vectors,
-    weighted_sum,
-)
-from evomerge.methods.base import SourceIterable, State, TensorInfo, arithmetic_dtype
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, task_vectors, weighted_sum
+from evomerge.methods.base import Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
 from evomerge.methods.random import uniform
 from evomerge.methods.selection import magnitude_thresholds
@@ -110,7 +101,7 @@ class Thresholds:
 
 
 @final
-class Ties(MethodDefaults):
+class Ties(Method):
     """Trim each task vector to its largest entries, elect a sign for every entry, merge the entries that agree.
 
     Kept are ``round(density * n)`` entries of an expert's task vector, at least one, and all that equal the smallest
@@ -170,41 +161,34 @@ class Ties(MethodDefaults):
 
         return Thresholds(density, scope, {"": magnitude_thresholds(stream, count, density)})
 
-    def merge(
+    def combine(
         self,
-        base: Tensor | None,
+        base: Tensor,
         experts: Sequence[Tensor],
         *,
         weights: Sequence[float],
+        dtype: torch.dtype,
         info: TensorInfo,
-        state: State | None = None,
-        seed: int = 0,
-        **params: Any,
+        state: State | None,
+        density: float,
+        mode: str,
+        normalize: bool,
+        scale: float,
+        scope: str,
+        **_: Any,
     ) -> Tensor:
-        """Without ``state`` the thresholds come from the tensor itself, which then must be whole.
-
-        Raises:
-            MethodError: a slice, or scope model, without the thresholds in ``state``; or the call breaks a rule.
-        """
-        values = check_call(self, base, experts, weights, params)
-        assert base is not None
-        if values["density"] == 1:
+        """Without ``state`` the thresholds come from the tensor itself. MethodError for scope model, which needs it."""
+        if density == 1:
             thresholds: Sequence[float] = [0.0] * len(experts)
-        elif self.chunked_with(state, **values):
+        elif self.chunked_with(state, density=density, scope=scope):
             assert state is not None
             thresholds = state.for_tensor(info.name)
-        elif is_slice(info, base):
-            raise MethodError(
-                f"method ties got a slice of {info.name} without the thresholds for density {values['density']}",
-                remedy="Hand over the whole tensor, or the state that prepare gives for it.",
-            )
         else:
-            thresholds = self._of_tensor(info, base, experts, values["density"])
-        dtype = arithmetic_dtype(base, *experts)
+            thresholds = self._of_tensor(info, base, experts, density)
         vectors = task_vectors(base, experts, weights, dtype)
         trimmed = ((weight, trim(tau, thresholds[t])) for t, weight, tau in vectors)
-        merged = elect_and_merge(trimmed, mode=values["mode"], normalize=values["normalize"])
-        return add_to_base(base, merged, dtype, scale=values["scale"])
+        merged = elect_and_merge(trimmed, mode=mode, normalize=normalize)
+        return add_to_base(base, merged, dtype, scale=scale)
 
     def _trimming(self, params: Mapping[str, Any]) -> tuple[float, str]:
         density, scope = (params.get(key, self.params[key].default) for key in ("density", "scope"))
@@ -230,7 +214,7 @@ def _magnitudes(base: Tensor | None, experts: Sequence[Tensor], zeros: bool = Fa
                 yield t, torch.zeros_like(theta_0)
 
 
-class _Dare(MethodDefaults):
+class _Dare(Method):
     """Drop and rescale: the part that DARE's two methods share."""
 
     reference = "Yu et al. 2024, Language models are super Mario (DARE), arXiv:2311.03099, section 3.2, equation 1"
@@ -254,11 +238,6 @@ class _Dare(MethodDefaults):
             if density == 1:
                 yield weight, tau
                 continue
-            if rescale == "l1" and is_slice(info, tau):
-                raise MethodError(
-                    f"method {self.name} with rescale l1 got a slice of {info.name}, but norms need the whole tensor",
-                    remedy="Hand over the whole tensor, or use rescale: density.",
-                )
             norm = float(tau.abs().sum(dtype=torch.float64)) if rescale == "l1" else 0.0
             drawn = uniform(seed, info.name, t, info.start, tau.numel())
             keep = torch.lt(drawn, density, out=drawn)  # 1 and 0 in float32: much faster than a boolean mask
@@ -285,28 +264,22 @@ class DareLinear(_Dare):
     def is_linear(self, **params: Any) -> bool:
         return True
 
-    def merge(
+    def combine(
         self,
-        base: Tensor | None,
+        base: Tensor,
         experts: Sequence[Tensor],
         *,
         weights: Sequence[float],
+        dtype: torch.dtype,
         info: TensorInfo,
-        state: State | None = None,
-        seed: int = 0,
-        **params: Any,
+        seed: int,
+        density: float,
+        rescale: str,
+        scale: float,
+        **_: Any,
     ) -> Tensor:
-        values = check_call(self, base, experts, weights, params)
-        assert base is not None
-        dtype = arithmetic_dtype(base, *experts)
-        scaled = [values["scale"] * weight for weight in weights]
-        dropped = self._dropped(
-            task_vectors(base, experts, scaled, dtype),
-            info=info,
-            seed=seed,
-            density=values["density"],
-            rescale=values["rescale"],
-        )
+        vectors = task_vectors(base, experts, [scale * weight for weight in weights], dtype)
+        dropped = self._dropped(vectors, info=info, seed=seed, density=density, rescale=rescale)
         return add_to_base(base, weighted_sum(dropped), dtype)
 
 
@@ -323,26 +296,23 @@ class DareTies(_Dare):
         {"density": DARE_DENSITY, "mode": MODE, "normalize": NORMALIZE, "rescale": RESCALE, "scale": SCALE}
     )
 
-    def merge(
+    def combine(
         self,
-        base: Tensor | None,
+        base: Tensor,
         experts: Sequence[Tensor],
         *,
         weights: Sequence[float],
+        dtype: torch.dtype,
         info: TensorInfo,
-        state: State | None = None,
-        seed: int = 0,
-        **params: Any,
+        seed: int,
+        density: float,
+        mode: str,
+        normalize: bool,
+        rescale: str,
+        scale: float,
+        **_: Any,
     ) -> Tensor:
-        values = check_call(self, base, experts, weights, params)
-        assert base is not None
-        dtype = arithmetic_dtype(base, *experts)
-        dropped = self._dropped(
-            task_vectors(base, experts, weights, dtype),
-            info=info,
-            seed=seed,
-            density=values["density"],
-            rescale=values["rescale"],
-        )
-        merged = elect_and_merge(dropped, mode=values["mode"], normalize=values["normalize"])
-        return add_to_base(base, merged, dtype, scale=values["scale"])
+        vectors = task_vectors(base, experts, weights, dtype)
+        dropped = self._dropped(vectors, info=info, seed=seed, density=density, rescale=rescale)
+        merged = elect_and_merge(dropped, mode=mode, normalize=normalize)
+        return add_to_base(base, merged, dtype, scale=scale)

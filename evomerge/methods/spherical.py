@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import MethodDefaults, check_call, is_slice
-from evomerge.methods.base import SourceIterable, State, TensorInfo, arithmetic_dtype
+from evomerge.methods.base import Method, SourceIterable, State, TensorInfo
 from evomerge.methods.chunks import CHUNK
 from evomerge.params import Param
 
@@ -20,7 +19,7 @@ PARALLEL = 0.9995  # beyond this |cosine| the arc is a line to within rounding, 
 
 
 @final
-class Slerp(MethodDefaults):
+class Slerp(Method):
     """sin((1-t)O)/sin(O) theta_1 + sin(t O)/sin(O) theta_2, O the angle between the two flattened tensors.
 
     A straight line where the angle is (nearly) 0 or 180 degrees or one of the tensors is zero. The base plays no part.
@@ -44,19 +43,19 @@ class Slerp(MethodDefaults):
         """The cosine between the two experts' flattened tensors, by tensor name."""
         return {info.name: _cosine(*experts) for info, _, experts in sources}
 
-    def merge(
+    def combine(
         self,
         base: Tensor | None,
         experts: Sequence[Tensor],
         *,
         weights: Sequence[float],
+        dtype: torch.dtype,
         info: TensorInfo,
-        state: Mapping[str, float] | None = None,
-        seed: int = 0,
-        **params: Any,
+        state: Mapping[str, float] | None,
+        t: float | None,
+        **_: Any,
     ) -> Tensor:
-        """Raises MethodError for a slice without ``state``, and for two zero weights without ``t``."""
-        t = check_call(self, base, experts, weights, params)["t"]
+        """Raises MethodError for two zero weights without ``t``."""
         if t is None:
             if sum(weights) == 0:
                 raise MethodError(
@@ -65,18 +64,12 @@ class Slerp(MethodDefaults):
                 )
             t = weights[1] / sum(weights)
         a, b = experts
-        dtype = arithmetic_dtype(base, a, b)
         if a is b:
             return a.to(dtype, copy=True)
         if state is not None:
             if info.name not in state:
                 raise MethodError(f"method slerp was prepared without the tensor {info.name}")
             cosine = state[info.name]
-        elif is_slice(info, a):
-            raise MethodError(
-                f"method slerp got a slice of {info.name} without the angle between the whole tensors",
-                remedy="Hand over the whole tensor, or the state that prepare gives for it.",
-            )
         else:
             cosine = _cosine(a, b)
         if abs(cosine) > PARALLEL:
