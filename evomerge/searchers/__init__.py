@@ -10,6 +10,7 @@ from evomerge.searchers.base import Point, Searcher, Told
 from evomerge.searchers.cma import CMASearcher
 from evomerge.searchers.gp import GPSearcher
 from evomerge.searchers.grid import GridSearcher
+from evomerge.searchers.nsga2 import NSGA2Searcher
 from evomerge.searchers.random import RandomSearcher
 from evomerge.searchers.sobol import SobolSearcher
 from evomerge.searchers.tpe import TPESearcher
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["SEARCHERS", "Point", "Searcher", "Told", "make"]
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
-    s.name: s for s in (CMASearcher, TPESearcher, GPSearcher, RandomSearcher, SobolSearcher, GridSearcher)
+    s.name: s
+    for s in (CMASearcher, TPESearcher, GPSearcher, NSGA2Searcher, RandomSearcher, SobolSearcher, GridSearcher)
 }
 
 
