@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # pyright: reportUnsupportedDunderAll=false
 # name -> module. Imported on first use, so that `import evomerge` stays instant and needs no torch.
 _PUBLIC = {
+    "CommandEvaluator": "evomerge.commands",
     "Evaluator": "evomerge.evaluation",
     "EvaluatorContext": "evomerge.evaluation",
     "Item": "evomerge.evaluation",
@@ -40,6 +41,7 @@ _PUBLIC = {
 
 __all__ = [  # a plain list, for tools that read it without running it; held equal to _PUBLIC by a test
     "METHODS",
+    "CommandEvaluator",
     "Evaluator",
     "EvaluatorContext",
     "EvaluatorError",

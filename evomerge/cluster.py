@@ -30,6 +30,7 @@ from evomerge.pools import (
     unpack_error,
     worker_environment,
 )
+from evomerge.scratch import remove_stale
 
 if TYPE_CHECKING:
     from evomerge.worker import Worker
@@ -372,7 +373,7 @@ class RayPool:
         return Result(job.key, job.attempt, None, Failure(kind, reason, detail), {"total": elapsed}, slot.name)
 
     def close(self) -> None:
-        self._spec = None
+        spec, self._spec = self._spec, None
         self._queue.clear()
         slots, self._slots = self._slots, []
         if "ray" not in sys.modules:
@@ -385,6 +386,8 @@ class RayPool:
                 ray.kill(slot.actor, no_restart=True)
         if self._started_ray:
             self._disconnect(descendants)
+            if spec is not None:
+                remove_stale(spec.scratch)
 
     def _disconnect(self, descendants: Sequence[psutil.Process]) -> None:
         """Leave the cluster, or end the one on this machine, with every process of it."""

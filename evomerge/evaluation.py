@@ -75,11 +75,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Target:
-    """What an evaluator looks at: a resident model and its tokenizer."""
+    """What an evaluator looks at: a resident model and its tokenizer, or a checkpoint on disk.
 
-    model: Any
-    tokenizer: Any
+    For an evaluator that needs a checkpoint, ``model`` and ``tokenizer`` are None, ``checkpoint`` is the folder of a
+    whole Hugging Face checkpoint, and ``scratch`` is an empty folder for files of its own. Both are gone after it.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
     device: str = "cpu"
+    checkpoint: Path | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class EvaluatorContext:
 class Evaluator:
     """The base class of evaluators: ``load`` and ``evaluate`` are theirs to write, the rest has useful defaults."""
 
-    needs: Literal["model", "checkpoint"] = "model"
+    needs: Literal["model", "checkpoint"] = "model"  # a resident model, or a folder on disk for an engine of its own
     auto_class: str = "AutoModelForCausalLM"  # the transformers class that loads the resident model
     unused: Sequence[str] = ()  # beginnings of names of its parameters that are never looked at: a base may lack them
 
@@ -111,10 +117,11 @@ class Evaluator:
         """In the driver, once the splits are set: refuse (EvaluatorError) what could not be evaluated, before any model
         is loaded. ``items`` are the study's, all of them."""
 
-    def prepare(self, target: Target, items: Sequence[Item]) -> None:
+    def prepare(self, target: Target | None, items: Sequence[Item]) -> None:
         """Once a worker: tokenise and lay out batches. ``items`` are the study's, all of them, with their splits. A
         batch never mixes splits, and the layout is a function of the items alone, so that an item's outcome does not
-        depend on which others are asked for."""
+        depend on which others are asked for. ``target`` is None for an evaluator that needs a checkpoint: there is
+        none yet."""
 
     def evaluate(self, target: Target, item_ids: Sequence[str]) -> list[Outcome]:
         """One outcome for each id, in the order of ``item_ids``."""
@@ -309,15 +316,21 @@ def load_evaluator(path_at_name: str, context: EvaluatorContext) -> Evaluator:
                 where=str(path),
                 remedy=f"Name a class{hint} of it: {path.name}@NAME." if here else None,
             )
-        return run_user_code(lambda: next(iter(classes.values()))(context), path)
+        return _known_needs(run_user_code(lambda: next(iter(classes.values()))(context), path), path)
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, Evaluator):
-        return run_user_code(lambda: found(context), path)
+        return _known_needs(run_user_code(lambda: found(context), path), path)
     if isinstance(found, type) or not callable(found):
         kind = "is not there" if found is None else "is neither a function nor an Evaluator class"
         names = [k for k, v in here.items() if callable(v) and not k.startswith("_")]
         raise EvaluatorError(f"{name!r} {kind}", where=str(path), remedy=nearest(name, names) if names else None)
     return FunctionEvaluator(context, module, name)
+
+
+def _known_needs(evaluator: Evaluator, path: Path) -> Evaluator:
+    if evaluator.needs not in ("model", "checkpoint"):
+        raise EvaluatorError(f"needs is 'model' or 'checkpoint', but is {evaluator.needs!r:.80}", where=str(path))
+    return evaluator
 
 
 def check_outcomes(outcomes: Sequence[Outcome], item_ids: Sequence[str]) -> None:

@@ -48,10 +48,32 @@ def export(
     sources = open_sources(recipe)
     check_room(out, merged_bytes(recipe))
     with whole_folder(out) as folder:
-        hashes = Merger(sources, device=device).stream(recipe, folder, shard_size=shard_size, progress=progress)
-        _write_companions(folder, sources, recipe, card or {})
+        merger = Merger(sources, device=device)
+        hashes = write_checkpoint(merger, recipe, folder, shard_size=shard_size, card=card, progress=progress)
         _write_manifest(folder, recipe, hashes)
     return out
+
+
+def write_checkpoint(
+    merger: Merger,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    shard_size: int = SHARD_SIZE,
+    card: Mapping[str, Any] | None = None,
+    progress: Report | None = None,
+    durable: bool = True,
+) -> dict[str, str]:
+    """All of an export but its manifest, in the existing folder ``folder``: for exports and for evaluations on disk.
+
+    Args:
+        durable: False for a folder that lives for one evaluation (see ``Merger.stream``).
+
+    Returns the weight files' SHA-256 (nothing without ``durable``).
+    """
+    hashes = merger.stream(recipe, folder, shard_size=shard_size, progress=progress, durable=durable)
+    _write_companions(folder, merger.sources, recipe, card or {})
+    return hashes
 
 
 def is_complete_export(path: str | Path, *, hashes: bool = False) -> bool:

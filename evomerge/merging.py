@@ -47,6 +47,10 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+class NotFiniteError(CheckpointError):
+    """A merged number is NaN or infinite."""
+
+
 class _Plan:
     """What is the same for all tensors of one recipe: the method, checked parameters by group, the prepared state."""
 
@@ -132,16 +136,23 @@ class Merger:
 
     @torch.no_grad()
     def stream(
-        self, recipe: Recipe, out: Path, *, shard_size: int = SHARD_SIZE, progress: Report | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        shard_size: int = SHARD_SIZE,
+        progress: Report | None = None,
+        durable: bool = True,
     ) -> dict[str, str]:
         """Write the merge to safetensors files in the existing folder ``out``: one, or shards and their index.
 
         Args:
             shard_size: bytes of tensors that a file may hold; a larger tensor has a file of its own.
             progress: called with (bytes written, bytes in all).
+            durable: wait until all is on the disk, and hash it; False for a folder that lives for one evaluation.
 
-        Returns the SHA-256 of each weight file by its name. Raises UserError if the recipe does not fit the sources,
-        or if a merged number is not finite in the recipe's export_dtype.
+        Returns the SHA-256 of each weight file by its name; nothing without ``durable``. Raises UserError if the recipe
+        does not fit the sources, NotFiniteError if a merged number is not finite in the recipe's export_dtype.
         """
         plan, reference = _Plan(self, recipe), self.sources.reference
         types = {n: plan.dtype if self.sources.is_float(n) else reference.dtype(n) for n in self.sources.names}
@@ -150,7 +161,7 @@ class Merger:
         total, done, hashes = sum(sizes.values()), 0, {}
         for file, names in files.items():
             names.sort(key=lambda n: -types[n].itemsize)  # wide types first: every tensor is aligned to its type
-            writer = ShardWriter(out / file, {n: (types[n], reference.shape(n)) for n in names})
+            writer = ShardWriter(out / file, {n: (types[n], reference.shape(n)) for n in names}, durable=durable)
             with writer:
                 for name in names:
                     for piece in self._merged(plan, name):
@@ -160,14 +171,16 @@ class Merger:
                         done += piece.numel() * piece.element_size()
                         if progress is not None:
                             progress(done, total)
-            hashes[file] = writer.sha256
+            if durable:
+                hashes[file] = writer.sha256
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             with (out / INDEX).open("x") as handle:
                 json.dump(index, handle, indent=2)
                 handle.flush()
-                os.fsync(handle.fileno())
+                if durable:
+                    os.fsync(handle.fileno())
         return hashes
 
     def state(self, method: str, groups: Sequence[Mapping[str, Any]]) -> Any:
@@ -242,6 +255,11 @@ class Merger:
         return whole
 
 
+def written_bytes(sources: Sources, export_dtype: str) -> int:
+    """How many bytes of tensors ``Merger.stream`` writes."""
+    return Unbuilt(sources.reference, torch_dtype(export_dtype)).total_bytes
+
+
 def _on_device(device: str, base: Tensor | None, experts: Sequence[Any]) -> tuple[Tensor | None, list[Any]]:
     """The same on ``device``; an expert that is the base stays the very object."""
     if device == "cpu":
@@ -260,7 +278,7 @@ def _on_device(device: str, base: Tensor | None, experts: Sequence[Any]) -> tupl
 
 def _check_finite(name: str, piece: Tensor) -> None:
     if not torch.isfinite(piece).all():
-        raise CheckpointError(
+        raise NotFiniteError(
             f"the merged tensor {name} is not finite in {str(piece.dtype).removeprefix('torch.')}",
             remedy="Choose smaller weights, or an export_dtype with a wider range (bfloat16, float32).",
         )

@@ -16,10 +16,11 @@ from evomerge.checkpoints import Sources
 from evomerge.dimensions import Point
 from evomerge.errors import EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
-from evomerge.merging import open_sources, verify_sources
+from evomerge.merging import open_sources, verify_sources, written_bytes
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
 from evomerge.recipe import Group, Recipe, Source, source_at
+from evomerge.scratch import check_scratch
 from evomerge.searchers.base import Searcher
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_file
@@ -122,6 +123,11 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     evaluator.check(items)
     _require_every_split(items, context.tasks)
 
+    scratch = str(spec.scratch_path or "")
+    if evaluator.needs == "checkpoint":
+        here = count if (address or spec.workers.address) is None else 0  # other machines are asked by their workers
+        check_scratch(scratch, here * written_bytes(sources, spec.export_dtype), workers=here)
+
     template = placed(hash_sources(unhashed, progress))
     space = Space.from_dict(spec.space, template=template, **shape, where=spec.space_where)
     worker = WorkerSpec(
@@ -139,6 +145,7 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
         device=device,
         threads=spec.workers.threads,
         fixed_params=space.fixed_params,
+        scratch=scratch,
     )
     plan_parts = _fingerprint(spec, template, space, evaluator, items, worker)
     return Plan(

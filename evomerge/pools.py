@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from evomerge import errors
 from evomerge.errors import ResourceError, UserError
 from evomerge.evaluation import Outcome
+from evomerge.scratch import remove_stale
 
 if TYPE_CHECKING:
     from evomerge.worker import Worker
@@ -46,6 +47,7 @@ class WorkerSpec:
     device: str = "cpu"  # cpu, cuda, or cuda:N
     threads: int = 1
     fixed_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method: what no candidate changes
+    scratch: str = ""  # where an evaluator's checkpoints are written; "": the system's temporary folder
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -257,11 +259,14 @@ class LocalPool:
                 return []
 
     def close(self) -> None:
+        spec = self._spec
         self._spec = self._worker = None
         self._jobs.clear()
         if self._child is not None:
             self._child.kill()
             self._child = None
+            if spec is not None:
+                remove_stale(spec.scratch)
 
     def _step(self, seconds: float) -> Result | None:
         """Keep a child alive and busy; what it says within ``seconds``, if that ends the running job."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints import Sources, check_tokenizers, open_checkpoint
+from evomerge.checkpoints import check_tokenizers, open_checkpoint
 from evomerge.errors import CandidateError, EvaluatorError, SpecError, StudyError
 from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
 from evomerge.exporting import RECIPE_FILE
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
 from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
+from evomerge.scratch import remove_stale, scratch_folder, written
 from evomerge.stages import built, stages
 from evomerge.store import Store
 from evomerge.worker import load_tokenizer, settle
@@ -59,14 +61,6 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
     settle(threads=plan.worker.threads, device=plan.worker.device)
     if target.is_dir():
         check_tokenizers(open_checkpoint(target), [plan.sources.reference])
-        model = load_resident(
-            target,
-            auto_class=plan.evaluator.auto_class,
-            compute_dtype=spec.compute_dtype,
-            device=plan.worker.device,
-            unused=plan.evaluator.unused,
-        )
-        tokenizer = load_tokenizer(target)
         recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None
     elif target.is_file():
         recipe = Recipe.load(target)
@@ -74,30 +68,60 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
             raise SpecError("a recipe without a base cannot be evaluated", where=str(target), remedy="Export it first.")
         if stages(recipe):
             recipe = verify_sources(recipe)
-        with built(recipe, Path(tempfile.gettempdir())) as ready:
-            sources: Sources = open_sources(ready)
-            model = load_resident(
-                sources.reference.path,
-                auto_class=plan.evaluator.auto_class,
-                compute_dtype=spec.compute_dtype,
-                device=plan.worker.device,
-                unused=plan.evaluator.unused,
-            )
-            Merger(sources, device=plan.worker.device).into(model, recipe)
-            tokenizer = load_tokenizer(sources.reference.path)
     else:
         raise SpecError(f"{target} is neither a checkpoint folder nor a recipe file", remedy="Check the path.")
-    place = Target(model, tokenizer, plan.worker.device)
-    plan.evaluator.prepare(place, plan.items)
     ids = plan.item_ids(split)
+    look = _at_model if plan.evaluator.needs == "model" else _on_disk
     try:
-        outcomes = plan.evaluator.evaluate(place, ids)
-        check_outcomes(outcomes, ids)
+        with look(target, recipe, plan) as place:
+            outcomes = plan.evaluator.evaluate(place, ids)
+            check_outcomes(outcomes, ids)
     except CandidateError as error:
         raise EvaluatorError(f"{target} could not be evaluated: {error}") from error
     items = tuple(item for item in plan.items if item.split == split)
     scores = task_scores(plan.evaluator, items, outcomes)
     return Scores(split, items, tuple(outcomes), scores, objective(spec.objective, plan.tasks, scores), recipe)
+
+
+@contextmanager
+def _at_model(target: Path, recipe: Recipe | None, plan: Plan) -> Iterator[Target]:
+    """The checkpoint, or the merge of a recipe's file, as the resident model of the prepared evaluator."""
+
+    def resident(folder: Path) -> Target:
+        model = load_resident(
+            folder,
+            auto_class=plan.evaluator.auto_class,
+            compute_dtype=plan.spec.compute_dtype,
+            device=plan.worker.device,
+            unused=plan.evaluator.unused,
+        )
+        return Target(model, load_tokenizer(folder), plan.worker.device)
+
+    if target.is_dir() or recipe is None:
+        place = resident(target)
+    else:
+        with built(recipe, Path(tempfile.gettempdir())) as ready:
+            sources = open_sources(ready)
+            place = resident(sources.reference.path)
+            Merger(sources, device=plan.worker.device).into(place.model, recipe)
+    plan.evaluator.prepare(place, plan.items)
+    yield place
+
+
+@contextmanager
+def _on_disk(target: Path, recipe: Recipe | None, plan: Plan) -> Iterator[Target]:
+    """The checkpoint as it is, or a recipe's merge written for the time of the evaluation."""
+    worker = plan.worker
+    remove_stale(worker.scratch)
+    plan.evaluator.prepare(None, plan.items)
+    if target.is_dir() or recipe is None:
+        with scratch_folder(worker.scratch) as own:
+            yield Target(device=worker.device, checkpoint=target.absolute(), scratch=own)
+        return
+    with built(recipe, Path(tempfile.gettempdir())) as ready:
+        merger = Merger(open_sources(ready), device=worker.device)
+        with written(merger, recipe, worker.scratch, worker.device) as place:
+            yield place
 
 
 def check_comparable(plan: Plan, store: Store) -> None:

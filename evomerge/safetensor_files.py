@@ -127,13 +127,13 @@ class ShardWriter:
     """Writes one new safetensors file piece by piece: the header at once, then the tensors' bytes in its order.
 
     A context manager: on leaving, everything announced must have been written, and is put on the disk. ``sha256`` is
-    then the file's.
+    then the file's. Without ``durable`` it is neither synchronised nor hashed: for files that are soon removed.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], *, durable: bool = True):
         header = write_header(tensors)
         self.size = len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
-        self._digest = hashlib.sha256()
+        self._durable, self._digest = durable, hashlib.sha256()
         self._written = 0
         self._file = path.open("xb")
         self._write(header)
@@ -144,7 +144,8 @@ class ShardWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._digest.update(data)
+        if self._durable:
+            self._digest.update(data)
         self._written += len(data)
 
     def __enter__(self) -> ShardWriter:
@@ -157,7 +158,8 @@ class ShardWriter:
             if self._written != self.size:
                 raise ValueError(f"{self._written} bytes were written of {self.size} announced")
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
 
     @property
     def sha256(self) -> str:

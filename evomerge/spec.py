@@ -272,6 +272,12 @@ class WorkersSpec(Strict):
     device: Literal["cpu", "cuda", "auto"] = Field(
         default="auto", description="where models run; auto: cuda where a worker has a GPU, else cpu"
     )
+    scratch: str | None = Field(
+        default=None,
+        min_length=1,
+        description="where candidates are written for an evaluator that needs a checkpoint on disk, relative to the "
+        "experiment file; null: the system's temporary folder",
+    )
     address: str | None = Field(
         default=None, min_length=1, description="of a Ray cluster: auto or ray://HOST:PORT; null: this machine"
     )
@@ -344,6 +350,11 @@ class Spec(Strict):
     def expert_paths(self) -> dict[str, Path]:
         """Expert -> its folder, absolute."""
         return {name: _absolute(path, self.folder) for name, path in self.experts.items()}
+
+    @property
+    def scratch_path(self) -> Path | None:
+        """``workers.scratch``, absolute; None for the temporary folder of whatever machine a worker runs on."""
+        return None if self.workers.scratch is None else _absolute(self.workers.scratch, self.folder)
 
     def task_specs(self) -> dict[str, TaskSpec]:
         """The tasks as evaluators see them."""

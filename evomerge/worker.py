@@ -1,4 +1,4 @@
-"""One resident model and one prepared evaluator: recipes in, outcomes out."""
+"""One prepared evaluator, and a resident model or checkpoints on disk: recipes in, outcomes out."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ from evomerge.evaluation import (
     check_outcomes,
     load_evaluator,
 )
-from evomerge.merging import Merger, load_resident
+from evomerge.merging import Merger, load_resident, written_bytes
 from evomerge.methods.base import InputsChanged
 from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
 from evomerge.recipe import Recipe
+from evomerge.scratch import check_scratch, remove_stale, written
 
 DETAIL_LIMIT = 20_000  # characters of a traceback that are kept
 
 
 class Worker:
     """Builds itself from ``spec`` (paths and plain data) and evaluates jobs, one at a time.
+
+    For an evaluator that needs a checkpoint no model is loaded: every candidate is written to a scratch folder, and
+    removed when it has been evaluated.
 
     An outcome is a function of recipe and item: torch's thread counts are set to ``spec.threads`` and its deterministic
     algorithms are switched on for the whole process, global random generators start every evaluation from
@@ -58,21 +62,20 @@ class Worker:
         self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
 
         self.evaluator = make_evaluator(spec)
-        if self.evaluator.needs != "model":
-            raise EvaluatorError(
-                f"the evaluator needs a {self.evaluator.needs}, and only evaluators that need a model can run",
-                where=spec.evaluator,
-                remedy='Set needs = "model" and work on the resident model that evaluate() is given.',
-            )
         self.items = self._load_items()
-        model = load_resident(
-            base_path,
-            auto_class=self.evaluator.auto_class,
-            compute_dtype=spec.compute_dtype,
-            device=spec.device,
-            unused=self.evaluator.unused,
-        )
-        self.target = Target(model, load_tokenizer(base_path), spec.device)
+        self.target: Target | None = None
+        if self.evaluator.needs == "model":
+            model = load_resident(
+                base_path,
+                auto_class=self.evaluator.auto_class,
+                compute_dtype=spec.compute_dtype,
+                device=spec.device,
+                unused=self.evaluator.unused,
+            )
+            self.target = Target(model, load_tokenizer(base_path), spec.device)
+        else:
+            remove_stale(spec.scratch)
+            check_scratch(spec.scratch, written_bytes(self.sources, spec.export_dtype))
         with _evaluators_fault(spec.evaluator, "prepare"):
             self.evaluator.prepare(self.target, list(self.items.values()))
 
@@ -93,7 +96,7 @@ class Worker:
         return {i: replace(loaded[i], split=split) for i, split in self.spec.splits.items()}
 
     def evaluate(self, job: Job) -> Result:
-        """Merge the job's recipe into the model and evaluate it on the job's items.
+        """Merge the job's recipe, into the model or to disk, and evaluate it on the job's items.
 
         Whatever goes wrong with the candidate comes back as a Failure.
 
@@ -108,11 +111,12 @@ class Worker:
         recipe = Recipe.from_dict(job.recipe)
         self._check_sources(recipe)
         try:
-            with _seconds(seconds, "merge"):
-                self.merger.into(self.target.model, recipe)
-            with _seconds(seconds, "evaluate"), _seeded(self.spec.seed):
-                answer = self.evaluator.evaluate(self.target, list(job.item_ids))
-            outcomes = _checked(answer, job.item_ids)
+            with contextlib.ExitStack() as stack:
+                with _seconds(seconds, "merge"):
+                    target = stack.enter_context(self._candidate(recipe))
+                with _seconds(seconds, "evaluate"), _seeded(self.spec.seed):
+                    answer = self.evaluator.evaluate(target, list(job.item_ids))
+                outcomes = _checked(answer, job.item_ids)
         except InputsChanged:
             raise  # every candidate after this one would be built from spoiled sources
         except (Exception, SystemExit) as error:
@@ -121,6 +125,17 @@ class Worker:
             _free_memory()
         seconds["total"] = time.perf_counter() - began
         return Result(job.key, job.attempt, outcomes, failure, seconds, self.name)
+
+    @contextlib.contextmanager
+    def _candidate(self, recipe: Recipe) -> Iterator[Target]:
+        """The merge as the evaluator wants it: in the resident model, or on disk for as long as the block lasts."""
+        if self.target is not None:
+            self.merger.into(self.target.model, recipe)
+            yield self.target
+            return
+        with written(self.merger, recipe, self.spec.scratch, self.spec.device) as target:
+            _free_memory()  # the engine is another process, and may need what a merge on the GPU has left
+            yield target
 
     def _check_sources(self, recipe: Recipe) -> None:
         """The recipe must be of this worker's sources, in their order; its names for them do not matter."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from evomerge.errors import EvaluatorError, ResourceError
 from evomerge.planning import Plan, build_plan, check_device, check_local_gpus, drift
-from evomerge.progress import Progress
+from evomerge.progress import Progress, size
 from evomerge.spec import load_spec
+from evomerge.testing import engines
 
 
 def plan_of(path: Path) -> Plan:
@@ -114,3 +117,27 @@ def test_a_split_that_a_task_has_no_items_in_is_refused(experiment):
     )
     with pytest.raises(EvaluatorError, match="one"):
         plan_of(path)
+
+
+def test_too_small_a_disk_for_candidates_is_refused_before_anything_is_hashed_or_loaded(experiment, monkeypatch):
+    path = experiment(workers={"count": 3, "scratch": "scratch"})
+    engines.write(path.parent)
+    usage = shutil.disk_usage(path.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=200_000))
+    plan_of(path)  # an evaluator that needs no checkpoint needs no room
+    evaluate = {"with": "engine_eval.py", "tasks": {"one": {}}, "split": {"search": 2, "select": 2, "test": 2}}
+    change(path, evaluate=evaluate)
+    needed = sum(t.numel() * 2 for t in load_file(path.parent / "base" / "model.safetensors").values())
+    monkeypatch.setattr("evomerge.planning.hash_sources", lambda *_: pytest.fail("sources were hashed"))
+    with pytest.raises(ResourceError, match=rf"{size(3 * needed)} \(3 workers .* but {path.parent} has 200.0 kB left"):
+        plan_of(path)
+
+
+def test_where_candidates_are_written_is_no_drift(experiment):
+    path = experiment()
+    before = plan_of(path)
+    assert before.worker.scratch == ""
+    change(path, workers={"scratch": "elsewhere"})
+    after = plan_of(path)
+    assert after.worker.scratch == str(path.parent / "elsewhere")
+    assert drift(before.fingerprint, after.fingerprint) == []

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, ResourceError
+from evomerge.evaluation import Target
+from evomerge.exporting import export
 from evomerge.pools import Job, WorkerSpec
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.testing import tiny
-from evomerge.testing.pools import make_job, make_spec
+from evomerge.testing.pools import make_job, make_spec, on_checkpoints
 from evomerge.worker import Worker, failure_of
 
 
@@ -113,12 +118,56 @@ def test_threads_are_those_of_the_spec(spec):
         torch.set_num_threads(before)
 
 
-def test_an_evaluator_that_needs_a_checkpoint_is_refused(spec):
-    code = (
-        "from evomerge import Evaluator\nclass E(Evaluator):\n    needs = 'checkpoint'\n"
-        "    def load(self):\n        return []\n"
+def test_an_evaluator_that_needs_a_checkpoint_gets_the_exported_one_and_no_model_is_loaded(spec, tmp_path, monkeypatch):
+    """The program's scores are a hash of the checkpoint's bytes."""
+    from evomerge import worker as module
+
+    monkeypatch.setattr(module, "load_resident", lambda *_, **__: pytest.fail("a model was loaded"))
+    spec = on_checkpoints(spec)
+    worker = Worker(spec)
+    job = make_job(spec, 1, *spec.splits)
+    result = worker.evaluate(job)
+    assert result.failure is None
+    recipe = Recipe.from_dict(job.recipe)
+    here = replace(
+        recipe,
+        base=replace(recipe.base, path=f"{spec.folder}/base"),
+        experts=tuple(replace(s, path=f"{spec.folder}/{s.path}") for s in recipe.experts),
     )
-    with pytest.raises(EvaluatorError, match="needs a checkpoint"):
+    exported = export(here, tmp_path / "out")
+    (tmp_path / "own").mkdir()
+    again = worker.evaluator.evaluate(Target(checkpoint=exported, scratch=tmp_path / "own"), list(job.item_ids))
+    assert [dict(o.values) for o in result.outcomes] == [dict(o.values) for o in again]
+    assert list(Path(spec.scratch).iterdir()) == []
+
+
+def test_a_candidate_that_cannot_be_written_is_a_failure_and_the_next_one_works(spec):
+    spec = on_checkpoints(spec)
+    worker = Worker(spec)
+    job = make_job(spec, 1, *spec.splits)
+    huge = {**job.recipe, "export_dtype": "float16", "groups": [{"weights": {"expert0": 1e9, "expert1": 1e9}}]}
+    failure = worker.evaluate(Job("k", 1, huge, job.item_ids)).failure
+    assert failure.kind == "nan"
+    assert "is not finite in float16" in failure.reason
+    assert worker.evaluate(job).failure is None
+    assert list(Path(spec.scratch).iterdir()) == []
+
+
+def test_a_worker_removes_what_a_killed_one_left(spec):
+    spec = on_checkpoints(spec)
+    code = (
+        "import os, signal, sys\nfrom evomerge.scratch import scratch_folder\n"
+        "with scratch_folder(sys.argv[1]):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, spec.scratch], check=False)
+    assert len(list(Path(spec.scratch).iterdir())) == 2  # the folder and its lock
+    Worker(spec)
+    assert list(Path(spec.scratch).iterdir()) == []
+
+
+def test_needs_is_one_of_two(spec):
+    code = "from evomerge import Evaluator\nclass E(Evaluator):\n    needs = 'checkpiont'\n"
+    with pytest.raises(EvaluatorError, match="'checkpiont'"):
         Worker(with_evaluator(spec, Path(spec.folder), code))
 
 

@@ -6,15 +6,18 @@
             return EvaluatorCase(make=lambda: load_evaluator("mine.py", context), target=Target(model, tokenizer),
                                  split={"search": 8, "select": 8, "test": 8})
 
-Give it a batch size smaller than a split, so that a split has several batches.
+Give it a batch size smaller than a split, so that a split has several batches. For an evaluator that needs a checkpoint
+the target names a folder: ``Target(checkpoint=folder)``; every evaluation gets a scratch folder of its own.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,12 +40,19 @@ class EvaluatorCase:
         evaluator = self.make()
         items = assign_splits(evaluator.load(), self.split, seed=0)
         evaluator.check(items)
-        evaluator.prepare(self.target, items)
+        evaluator.prepare(self.target if evaluator.needs == "model" else None, items)
         return evaluator, items
 
 
+def _evaluate(evaluator: Evaluator, target: Target, ids: list[str]) -> list[Outcome]:
+    if evaluator.needs == "model":
+        return evaluator.evaluate(target, ids)
+    with tempfile.TemporaryDirectory() as scratch:
+        return evaluator.evaluate(replace(target, scratch=Path(scratch)), ids)
+
+
 def _outcomes(evaluator: Evaluator, target: Target, ids: list[str]) -> dict[str, Outcome]:
-    outcomes = evaluator.evaluate(target, ids)
+    outcomes = _evaluate(evaluator, target, ids)
     check_outcomes(outcomes, ids)
     return {outcome.item_id: outcome for outcome in outcomes}
 
@@ -67,7 +77,7 @@ class EvaluatorContract:
         evaluator, items = case.prepared()
         ids = [item.id for item in items if item.split == "search"]
         random.Random(1).shuffle(ids)
-        outcomes = evaluator.evaluate(case.target, ids)
+        outcomes = _evaluate(evaluator, case.target, ids)
         check_outcomes(outcomes, ids)
         for item in items:
             metric = evaluator.metric(item.task)
@@ -108,10 +118,24 @@ class EvaluatorContract:
             np.random.set_state(state[1])
         assert results[0] == results[1]
 
+    def test_a_checkpoint_is_only_read(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        if evaluator.needs == "model":
+            pytest.skip("it needs none")
+        folder = case.target.checkpoint
+        assert folder is not None
+
+        def content() -> dict[str, bytes]:
+            return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+        before = content()
+        _evaluate(evaluator, case.target, [items[0].id])
+        assert content() == before
+
     def test_every_task_has_a_finite_score(self, case: EvaluatorCase) -> None:
         evaluator, items = case.prepared()
         search = [item for item in items if item.split == "search"]
-        scores = task_scores(evaluator, search, evaluator.evaluate(case.target, [item.id for item in search]))
+        scores = task_scores(evaluator, search, _evaluate(evaluator, case.target, [item.id for item in search]))
         assert set(scores) == set(evaluator.context.tasks)
         assert all(math.isfinite(score) for score in scores.values())
 

@@ -14,7 +14,7 @@ from evomerge.errors import CheckpointError, EvaluatorError
 from evomerge.evaluation import Outcome
 from evomerge.pools import Job, Pool, Result, WorkerSpec
 from evomerge.recipe import Group, Recipe, Source
-from evomerge.testing import tiny
+from evomerge.testing import engines, tiny
 
 EVALUATOR = '''"""Log-likelihoods of short texts, and one item for every way in which an evaluation can go wrong."""
 
@@ -108,6 +108,17 @@ def make_spec(folder: Path) -> WorkerSpec:
         evaluator=str(folder / "faults.py"),
         tasks={"words": {"name": "words"}, "faults": {"name": "faults"}},
         splits=dict.fromkeys((*WORDS, *FAULTS), "search"),
+    )
+
+
+def on_checkpoints(spec: WorkerSpec) -> WorkerSpec:
+    """The same family with an evaluator that runs a program on written checkpoints, in the folder ``scratch``."""
+    folder = Path(spec.folder)
+    evaluator = engines.write(folder)
+    splits = {f"one-{word}": "search" for word in ("alpha", "bravo")}
+    tasks = {"one": {"name": "one"}}
+    return dataclasses.replace(
+        spec, evaluator=str(evaluator), tasks=tasks, splits=splits, scratch=str(folder / "scratch")
     )
 
 
@@ -303,6 +314,28 @@ class PoolContract:
         finally:
             pool.close()
 
+    def test_an_evaluator_that_needs_a_checkpoint_gets_one(self, spec: WorkerSpec):
+        from evomerge.worker import Worker
+
+        spec = on_checkpoints(spec)
+        jobs = [make_job(spec, n, *spec.splits) for n in range(2)]
+        pool = self.make_pool(self.timeout)
+        pool.start(spec)
+        try:
+            results = []
+            for job in jobs:
+                pool.submit(job)
+                results += collect(pool, 1)
+        finally:
+            pool.close()
+        worker = Worker(spec)
+        for job, result in zip(jobs, results, strict=True):
+            assert result.failure is None, result.failure
+            assert result.outcomes == worker.evaluate(job).outcomes
+            assert set(result.seconds) == {"merge", "evaluate", "total"}
+        assert results[0].outcomes != results[1].outcomes
+        assert list(Path(spec.scratch).iterdir()) == []
+
     def test_close_can_be_called_twice_and_before_start(self, spec: WorkerSpec):
         pool = self.make_pool(self.timeout)
         pool.close()
@@ -359,6 +392,27 @@ class KillablePoolContract(PoolContract):
         assert result.failure is not None and f"{self.timeout:g} s" in result.failure.reason
         works()
         assert wait_until_gone([pid]) == []
+
+    def test_at_the_time_limit_a_program_ends_and_its_checkpoint_goes(self, spec: WorkerSpec):
+        spec = on_checkpoints(spec)
+        job, mode, pids = make_job(spec, 1, *spec.splits), Path(spec.folder, "mode"), Path(spec.folder, "pids")
+        pool = self.make_pool(self.timeout)
+        pool.start(spec)
+        try:
+            mode.write_text("hang")
+            pool.submit(job)
+            (result,) = collect(pool, 1)
+            assert result.failure is not None and result.failure.kind == "timeout"
+            assert wait_until_gone([*map(int, pids.read_text().split())]) == []
+            mode.unlink()
+            pool.submit(job)
+            (result,) = collect(pool, 1)
+            assert result.failure is None, result.failure
+        finally:
+            mode.unlink(missing_ok=True)
+            pids.unlink(missing_ok=True)
+            pool.close()
+        assert list(Path(spec.scratch).iterdir()) == []
 
     def test_a_worker_that_dies_whenever_it_is_built_ends_the_run(self, spec: WorkerSpec):
         from evomerge.errors import ResourceError
