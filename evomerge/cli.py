@@ -217,7 +217,9 @@ def merge(
 
 @app.command(epilog=_example("evomerge evaluate merged experiment.yaml --split test --compare"))
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="MODEL|RECIPE", help="A checkpoint folder or a recipe file.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="MODEL|RECIPE", help="A checkpoint's folder or id, or a recipe file.")
+    ],
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment whose items to use.")],
     split: Annotated[str, typer.Option("--split", help="search, select or test.")] = "select",
     compare: Annotated[
@@ -233,12 +235,14 @@ def evaluate(
     import json
 
     from evomerge import rescoring
-    from evomerge.launch import open_study
+    from evomerge.launch import open_study, recorded_sources, storage_of
     from evomerge.planning import build_plan
     from evomerge.progress import Progress
     from evomerge.spec import load_spec
 
-    plan = build_plan(load_spec(experiment), Progress(), workers=1)
+    spec = load_spec(experiment)
+    recorded = recorded_sources(storage_of(spec, storage), spec.name)
+    plan = build_plan(spec, Progress(), workers=1, recorded=recorded)
     store = open_study(str(experiment), storage) if compare else None
     if store is not None:
         rescoring.check_comparable(plan, store)
@@ -297,11 +301,13 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _dry_run(spec: Any, options: Any) -> None:
+    from evomerge.launch import recorded_sources, storage_of
     from evomerge.planning import build_plan
     from evomerge.progress import Progress
     from evomerge.showing import describe_plan
 
-    plan = build_plan(spec, Progress(), workers=options.workers, address=options.address)
+    recorded = recorded_sources(storage_of(spec, options.storage), spec.name)
+    plan = build_plan(spec, Progress(), workers=options.workers, address=options.address, recorded=recorded)
     print(describe_plan(plan, options))
 
 
@@ -353,7 +359,7 @@ def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int, d
     _choice("--device", device.partition(":")[0], ("cpu", "cuda"))
     from evomerge.exporting import export as write
     from evomerge.exporting import merged_bytes
-    from evomerge.merging import verify_sources
+    from evomerge.merging import pin_sources, verify_sources
     from evomerge.progress import Progress
     from evomerge.stages import built
     from evomerge.worker import settle
@@ -362,7 +368,7 @@ def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int, d
     progress = Progress()
     settle(threads=threads, device=device)
     check_out(out.absolute())
-    recipe = verify_sources(recipe)
+    recipe = verify_sources(pin_sources(recipe, progress))
     size = merged_bytes(recipe)
     with (
         built(recipe, out.absolute().parent, progress, more=size) as recipe,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from evomerge.progress import Progress
 
 # fmt: off
 TOKENIZER_FILES = (
@@ -21,23 +23,33 @@ TEMPLATES = "additional_chat_templates"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def find_folder(path: str | Path) -> Path:
-    """The folder that a path names, or the local cache's copy of a Hugging Face id. Nothing is downloaded."""
-    folder = Path(path).expanduser()
+def find_folder(path: str | Path, *, beside: str | Path = "", progress: Progress | None = None) -> Path:
+    """The folder that a path names, or else the local copy of the model with that Hugging Face id.
+
+    Args:
+        beside: where a relative path starts.
+        progress: where to show a download.
+
+    Raises CheckpointError if there is neither.
+    """
+    folder = Path(beside, Path(path).expanduser())
     if folder.is_dir():
         return folder
     if folder.exists():
         raise CheckpointError(f"{folder} is a file, but a checkpoint is a folder", remedy="Name the folder it lies in.")
-    remedy = "Check the path: a checkpoint is a folder with config.json (or adapter_config.json) and *.safetensors."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not str(path).startswith("."):
-        import huggingface_hub
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from evomerge.hub import fetch, hub_id
 
-        try:
-            return Path(huggingface_hub.snapshot_download(str(path), local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, OSError):
-            remedy += f" If {path} is a Hugging Face id, fetch it first: hf download {path}"
-    raise CheckpointError(f"there is no folder {folder}", remedy=remedy)
+    wanted = hub_id(str(path))
+    if wanted is None:
+        raise CheckpointError(
+            f"there is no folder {folder}",
+            remedy="Check the path: a checkpoint is a folder with config.json (or adapter_config.json) and "
+            "*.safetensors. Models on the Hugging Face hub are named org/name or org/name@revision.",
+        )
+    try:
+        return fetch(wanted, progress)
+    except CheckpointError as error:
+        raise CheckpointError(f"there is no folder {folder}, and {error.problem}", remedy=error.remedy) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def content_hash(path: str | Path, *, progress: Progress | None = None, cache: s
     adapter_config.json, and the tokenizer's and chat template's files; not README files, licences or training state.
 
     Args:
-        path: the folder (or a Hugging Face id in the local cache).
+        path: the folder, or a Hugging Face id.
         progress: called with (bytes done, bytes in all).
         cache: a JSON file in which hashes are kept by device, inode, size and time of change, so that an unchanged
             file is not read again. By default ``hashes.json`` under EVOMERGE_CACHE or ~/.cache/evomerge.

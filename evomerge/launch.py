@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import StudyError, UserError, nearest
+from evomerge.hub import hub_id
 from evomerge.leaderboard import Aggregate
 from evomerge.planning import Plan, build_plan, drift, refuse_drift
 from evomerge.pools import LocalPool, Pool, WorkerSpec
@@ -86,6 +87,17 @@ def open_study(study: str, storage: str | None) -> Store:
             remedy=f"Start it with: evomerge run {study}",
         )
     return Store.open(url, name)
+
+
+def recorded_sources(url: str, name: str) -> dict[str, str]:
+    """Hugging Face id -> the same with its commit, of a study's sources; nothing if there is no such study."""
+    if not _exists(url, name):
+        return {}
+    record = Store.open(url, name).record
+    typed = [record["spec"]["base"], *record["spec"]["experts"].values()]
+    worker = record["worker"]
+    used = [source["path"] for source in (worker["base"], *worker["experts"])]
+    return {t: u for t, u in zip(typed, used, strict=True) if (found := hub_id(u)) is not None and found.pinned}
 
 
 def stored_spec(store: Store) -> Spec:
@@ -216,7 +228,13 @@ def run_study(
         Interrupted, KeyboardInterrupt: stopped from outside; resumable.
     """
     url = storage_of(spec, options.storage)
-    plan = build_plan(spec, progress, workers=options.workers, address=options.address)
+    plan = build_plan(
+        spec,
+        progress,
+        workers=options.workers,
+        address=options.address,
+        recorded=recorded_sources(url, spec.name),
+    )
     _refuse_other_search(plan, url)
     store, budget = open_or_create(plan, url, options, progress, must_exist=must_exist)
     idle = idle_workers(plan, options.workers or plan.spec.workers.count)

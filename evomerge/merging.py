@@ -29,10 +29,12 @@ from evomerge.checkpoints import (
 )
 from evomerge.errors import CheckpointError, EvaluatorError, MethodError, SpecError, nearest
 from evomerge.folders import find_folder, some
+from evomerge.hub import pin
 from evomerge.methods import METHODS
 from evomerge.methods.base import TensorInfo, check_params
 from evomerge.methods.chunks import merge_chunks
 from evomerge.placement import Placement, place
+from evomerge.progress import Progress
 from evomerge.recipe import DTYPES, Recipe, Source
 from evomerge.safetensor_files import ShardWriter
 
@@ -329,6 +331,19 @@ def open_source(source: Source, base: Any = None) -> Any:
     return stage
 
 
+def pin_sources(recipe: Recipe, progress: Progress | None = None) -> Recipe:
+    """``recipe`` with its Hugging Face ids at the commits that they stand for, fetched; raises CheckpointError."""
+
+    def pinned(source: Source, role: str) -> Source:
+        with _naming(source, role):
+            if source.recipe is not None:
+                return replace(source, recipe=pin_sources(source.recipe, progress))
+            return replace(source, path=pin(source.path, progress))
+
+    base = None if recipe.base is None else pinned(recipe.base, "base")
+    return replace(recipe, base=base, experts=tuple(pinned(source, "expert") for source in recipe.experts))
+
+
 def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | None = None) -> Recipe:
     """Hash every source (each file is read once, or known from the cache), and look for NaN and infinity on the way.
 
@@ -384,7 +399,7 @@ def load_resident(
     """The base as a transformers model to merge into: in evaluation mode, without gradients, in ``compute_dtype``.
 
     Args:
-        base_path: a Hugging Face folder (or an id in the local cache).
+        base_path: a Hugging Face folder, or an id.
         auto_class: a transformers class such as ``AutoModelForCausalLM``.
         compute_dtype: ``float32``, ``bfloat16``, ...
         unused: beginnings of the names of parameters that nobody looks at, so that the folder may lack them.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evomerge import __version__
+from evomerge.hub import HubId, hub_id
 from evomerge.recipe import Group, Recipe, Source
 
 MOST_ROWS = 64  # groups that a card shows
@@ -24,6 +26,9 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
             (name -> version).
     """
     head = {"library_name": "transformers", "tags": ["merge", "evomerge", recipe.method]}
+    on_hub = [found.repo for _, source, _ in all_sources(recipe) if (found := _on_hub(source)) is not None]
+    if on_hub:
+        head |= {"base_model": list(dict.fromkeys(on_hub)), "base_model_relation": "merge"}
     architecture = next(iter(config.get("architectures") or []), config.get("model_type", "model"))
     title = card.get("study") or "Merged model"
     parts = [
@@ -65,13 +70,19 @@ def _sources(recipe: Recipe) -> str:
         stage = source.recipe
         return source.name if stage is None else f"{source.name}, a stage by {stage.method} in {stage.export_dtype}"
 
-    return _table(
-        ["role", "name", "SHA-256 of its content"],
-        [
-            [role, name(source), f"`{content[:16]}`" if content else "not taken"]
-            for role, source, content in all_sources(recipe)
-        ],
-    )
+    header, rows = ["role", "name", "SHA-256 of its content"], []
+    for role, source, content in all_sources(recipe):
+        rows.append([role, name(source), f"`{content[:16]}`" if content else "not taken"])
+    on_hub = [_on_hub(source) for _, source, _ in all_sources(recipe)]
+    if any(on_hub):
+        header.append("on the Hugging Face hub")
+        rows = [[*row, f"`{found}`" if found else ""] for row, found in zip(rows, on_hub, strict=True)]
+    return _table(header, rows)
+
+
+def _on_hub(source: Source) -> HubId | None:
+    """The id of a source that came from the hub. A folder's path says nothing to others."""
+    return None if source.recipe is not None or Path(source.path).is_dir() else hub_id(source.path)
 
 
 def _weights(recipe: Recipe) -> str:

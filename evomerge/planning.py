@@ -8,18 +8,19 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evomerge import searchers
 from evomerge.checkpoints import Sources
 from evomerge.dimensions import Point
-from evomerge.errors import EvaluatorError, ResourceError, SpecError, StudyError
+from evomerge.errors import CheckpointError, EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
-from evomerge.merging import open_sources, verify_sources, written_bytes
+from evomerge.hub import pin
+from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
-from evomerge.recipe import Group, Recipe, Source, source_at
+from evomerge.recipe import Group, Recipe, Source, is_recipe_file, source_at
 from evomerge.scratch import check_scratch
 from evomerge.searchers.base import Searcher
 from evomerge.space import Space
@@ -86,8 +87,18 @@ def check_local_gpus(count: int, gpus: float) -> None:
         )
 
 
-def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, address: str | None = None) -> Plan:
+def build_plan(
+    spec: Spec,
+    progress: Progress,
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    recorded: Mapping[str, str] | None = None,
+) -> Plan:
     """Check everything that can be checked without loading a model, cheapest first.
+
+    Args:
+        recorded: Hugging Face id as the experiment has it -> the same with the commit that a study recorded.
 
     Raises:
         UserError: whatever is wrong with the experiment, by name, with the remedy.
@@ -97,9 +108,10 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
     if (address or spec.workers.address) is None:
         check_local_gpus(count, spec.workers.gpus)
 
+    base, *experts = named_sources(spec, progress, recorded or {})
     unhashed = Recipe(
-        base=source_at("base", str(spec.base_path)),
-        experts=tuple(source_at(n, str(p)) for n, p in spec.expert_paths.items()),
+        base=base,
+        experts=tuple(experts),
         method="task_arithmetic",
         groups=(Group(weights=(0.0,) * len(spec.experts)),),
         seed=spec.seed,
@@ -159,6 +171,29 @@ def build_plan(spec: Spec, progress: Progress, *, workers: int | None = None, ad
         fingerprint=plan_parts,
         libraries=library_versions(),
     )
+
+
+def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -> list[Source]:
+    """The base and the experts, in order: absolute folders, recipes, and Hugging Face ids with their commits, fetched.
+
+    Raises CheckpointError, naming the key, for a model that cannot be had.
+    """
+    keys = [("base", "base", spec.base, spec.base_path)]
+    keys += [(f"experts.{name}", name, spec.experts[name], path) for name, path in spec.expert_paths.items()]
+    sources = []
+    for key, name, typed, path in keys:
+        try:
+            if path.is_dir():
+                sources.append(Source(name, str(path)))
+            elif is_recipe_file(typed):
+                stage = source_at(name, str(path))
+                sources.append(replace(stage, recipe=stage.recipe and pin_sources(stage.recipe, progress)))
+            else:
+                sources.append(Source(name, pin(recorded.get(typed, typed), progress)))
+        except CheckpointError as error:
+            where = at(str(spec.path or "experiment"), key) + (f": {error.where}" if error.where else "")
+            raise CheckpointError(error.problem, where=where, remedy=error.remedy) from error
+    return sources
 
 
 def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:

@@ -13,6 +13,7 @@ from evomerge.checkpoints import check_tokenizers, open_checkpoint
 from evomerge.errors import CandidateError, EvaluatorError, SpecError, StudyError
 from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
 from evomerge.exporting import RECIPE_FILE
+from evomerge.hub import fetch, hub_id
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
 from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
@@ -49,16 +50,18 @@ class Comparison:
 
 
 def score_target(target: Path, plan: Plan, split: str) -> Scores:
-    """Evaluate a checkpoint folder (loaded by plain transformers) or a recipe file on one split of an experiment.
+    """Evaluate a checkpoint (a folder or an id, loaded by plain transformers) or a recipe file on one split.
 
-    The batch layout, thread count and compute dtype are the experiment's, so that the outcomes can be compared bit for
-    bit with a study's.
+    Items, batch layout, thread count and compute dtype are the experiment's, so that the outcomes can be compared bit
+    for bit with a study's.
 
     Raises:
         UserError: ``target`` is neither a checkpoint nor a recipe, or does not fit the experiment.
     """
     spec = plan.spec
     settle(threads=plan.worker.threads, device=plan.worker.device)
+    if not target.exists() and (wanted := hub_id(str(target))) is not None:
+        target = fetch(wanted)
     if target.is_dir():
         check_tokenizers(open_checkpoint(target), [plan.sources.reference])
         recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evomerge.errors import MethodError, StudyError, nearest
+from evomerge.errors import MethodError, StudyError, UserError, nearest
 from evomerge.exporting import merged_bytes
+from evomerge.folders import find_folder
 from evomerge.launch import Options, storage_of
 from evomerge.leaderboard import find_winner
 from evomerge.planning import Plan
@@ -117,8 +117,16 @@ def show_recipe(store: Store, name: str, format: str) -> str:
     _, recipe = resolve_subject(store, name)
     if format == "recipe":
         return recipe.to_yaml().rstrip()
-    lora = [s.name for s in recipe.experts if (Path(s.path) / "adapter_config.json").exists()]
+    lora = [s.name for s in recipe.experts if _is_adapter(s.path)]
     return yaml.safe_dump(to_mergekit(recipe, lora=lora), sort_keys=False, default_flow_style=None, width=120).rstrip()
+
+
+def _is_adapter(path: str) -> bool:
+    """False also for a source that is not here."""
+    try:
+        return (find_folder(path) / "adapter_config.json").exists()
+    except UserError:
+        return False
 
 
 def describe_plan(plan: Plan, options: Options) -> str:

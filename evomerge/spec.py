@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.evaluation import TaskSpec
+from evomerge.hub import hub_id
 from evomerge.recipe import is_recipe_file
 from evomerge.space_file import SpaceModel, check_space
 from evomerge.validation import Strict, at, plain_mapping, read_yaml, short, validate
@@ -21,7 +22,6 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def parse_duration(text: Any, *, where: str | None = None) -> float:
@@ -295,11 +295,13 @@ class Spec(Strict):
     name: Annotated[str, BeforeValidator(_check_name)] = Field(description="the study's name in its storage")
     base: str = Field(
         min_length=1,
-        description="folder of the base model, relative to the experiment file; or a recipe file that makes it",
+        description="the base model: a folder relative to the experiment file, a Hugging Face id, or a recipe file "
+        "that makes it",
     )
     experts: Annotated[dict[str, str], BeforeValidator(_check_expert_names)] = Field(
         min_length=1,
-        description="experts by name: folders of fine-tuned models or LoRA adapters of the base, or recipe files",
+        description="experts by name: folders or ids of fine-tuned models or LoRA adapters of the base, or recipe "
+        "files",
     )
     space: dict[str, Any] = Field(description="the search space: a file, or written here")
     search: SearchSpec = Field(description="which searcher, how long, and its own options")
@@ -343,12 +345,12 @@ class Spec(Strict):
 
     @property
     def base_path(self) -> Path:
-        """The base's folder, absolute."""
+        """The base's folder, absolute. Where there is none, ``base`` is a Hugging Face id."""
         return _absolute(self.base, self.folder)
 
     @property
     def expert_paths(self) -> dict[str, Path]:
-        """Expert -> its folder, absolute."""
+        """Expert -> its folder, absolute. Where there is none, it is a Hugging Face id."""
         return {name: _absolute(path, self.folder) for name, path in self.experts.items()}
 
     @property
@@ -485,17 +487,17 @@ def _check_files(spec: Spec, where: str) -> None:
         folder = _absolute(name, spec.folder)
         if folder.is_dir() or (is_recipe_file(name) and folder.is_file()):
             continue
-        remedy = "Give the folder, relative to the experiment file."
         if folder.exists():
             problem = f"{name!r} must be a folder, but {folder} is a file"
+        elif hub_id(name):
+            continue  # fetched when a plan is made: not to look at a study
         else:
             problem = f"there is no folder {name!r} ({folder})"
-            if _HUB_ID.fullmatch(name):
-                remedy += (
-                    " If this is a Hugging Face id: ids are not downloaded; fetch it with "
-                    f"`hf download {name} --local-dir FOLDER` and give that folder."
-                )
-        raise SpecError(problem, where=at(where, key), remedy=remedy)
+        raise SpecError(
+            problem,
+            where=at(where, key),
+            remedy="Give the folder, relative to the experiment file, or a Hugging Face id as org/name@revision.",
+        )
     file, _, _ = spec.evaluate.evaluator.partition("@")
     try:
         found = resolve_file(file, spec.folder, "evaluators")

@@ -28,6 +28,7 @@ from evomerge.evaluation import (
     check_outcomes,
     load_evaluator,
 )
+from evomerge.folders import find_folder
 from evomerge.merging import Merger, load_resident, written_bytes
 from evomerge.methods.base import InputsChanged
 from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
@@ -55,9 +56,10 @@ class Worker:
         self.spec = spec
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         settle(threads=spec.threads, device=spec.device)
-        base_path = Path(spec.folder, spec.base["path"])
+        # A Hugging Face id comes with its commit: each machine fetches it into its own cache.
+        base_path = find_folder(spec.base["path"], beside=spec.folder)
         base = open_checkpoint(base_path)
-        experts = [open_expert(Path(spec.folder, source["path"]), base) for source in spec.experts]
+        experts = [open_expert(find_folder(source["path"], beside=spec.folder), base) for source in spec.experts]
         self.sources = Sources(base, experts)
         self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
 

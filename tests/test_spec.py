@@ -137,7 +137,7 @@ def test_to_dict_is_plain_complete_and_read_back(folder: Path):
         assert Spec.from_dict(data, folder).to_dict() == data
         elsewhere = Spec.from_dict(data, folder / "nowhere", check_files=False)
         assert elsewhere.to_dict() == data
-        with pytest.raises(SpecError, match="models/base"):
+        with pytest.raises(SpecError, match="my_eval"):
             Spec.from_dict(data, folder / "nowhere")
 
 
@@ -215,10 +215,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "a weight below zero": ({"evaluate.tasks.one": {"weight": -1}}, "evaluate.tasks.one.weight", ["-1", "> 0"]),
     "no task": ({"evaluate.tasks": {}}, "evaluate.tasks", ["empty"]),
     "a journal file": ({"storage": "journal.log"}, "storage", ["'journal.log'", "sqlite:///"]),
-    "no base": ({"base": "models/bass"}, "base", ["models/bass", "no folder"]),
+    "no base": ({"base": "models/llama/bass"}, "base", ["models/llama/bass", "no folder"]),
     "a file as base": ({"base": "my_eval.py"}, "base", ["my_eval.py", "folder"]),
-    "an id as base": ({"base": "HuggingFaceTB/SmolLM2-135M"}, "base", ["hf download HuggingFaceTB/SmolLM2-135M"]),
-    "no expert folder": ({"experts.spam": "adapters/span"}, "experts.spam", ["adapters/span", "no folder"]),
+    "half an id as base": ({"base": "SmolLM2-135M@main"}, "base", ["no folder", "org/name@revision"]),
+    "no expert folder": ({"experts.spam": "./adapters/span"}, "experts.spam", ["adapters/span", "no folder"]),
     "no space file": ({"space": "tasks.yaml"}, "space", ["tasks.yaml", "'search_spaces/task.yaml'"]),
     "no evaluator file": ({"evaluate.with": "mine.py@score"}, "evaluate.with", ["mine.py"]),
     "an evaluator that is no Python": ({"evaluate.with": "experiment.yaml"}, "evaluate.with", [".py"]),
