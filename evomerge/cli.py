@@ -256,6 +256,36 @@ def evaluate(
         raise typer.Exit(EXIT_FAILURES)
 
 
+@app.command(epilog=_example("evomerge dump experiment.yaml --out study.json.gz"))
+def dump(
+    study: StudyArgument,
+    out: Annotated[Path, typer.Option("--out", help="A file that does not exist yet; .gz compresses it.")],
+    storage: Storage = None,
+) -> None:
+    """Write all of a study to a JSON file. For another store or machine (evomerge load), or for other tools."""
+    from evomerge import transfer
+    from evomerge.launch import open_study
+    from evomerge.progress import Progress
+
+    print(f"wrote {transfer.dump(open_study(study, storage), out, Progress())}")
+
+
+@app.command(epilog=_example("evomerge load study.json.gz --storage postgresql+psycopg://host/db"))
+def load(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What evomerge dump wrote.")],
+    name: Annotated[str | None, typer.Option("--name", help="Another name for the study.")] = None,
+    storage: Storage = None,
+) -> None:
+    """Read a study from a JSON file into a store. All of it or nothing; an existing name is refused."""
+    from evomerge import transfer
+    from evomerge.launch import default_storage
+    from evomerge.progress import Progress
+
+    url = default_storage(storage)
+    store = transfer.load(file, url, name=name, progress=Progress())
+    print(f"loaded {store.name} into {store.url}\nNext:\n  evomerge leaderboard {store.name} --storage {store.url}")
+
+
 @app.command(epilog=_example("evomerge methods ties"))
 def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, in full.")] = None) -> None:
     """List the merge methods, or show one. With its parameters and source."""

@@ -20,7 +20,7 @@ from evomerge.validation import Strict, at, plain_mapping, read_yaml, short, val
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
 
@@ -72,7 +72,7 @@ def _shipped(kind: str) -> Path:
 
 
 def _check_name(value: Any) -> Any:
-    if isinstance(value, str) and not (_NAME.fullmatch(value) and len(value) <= 100):
+    if isinstance(value, str) and not (NAME.fullmatch(value) and len(value) <= 100):
         raise PydanticCustomError(
             "name",
             "a name is letters, digits, '_', '-' and '.', does not begin with '-' or '.', and has at most 100 of them, "
