@@ -208,7 +208,9 @@ def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, A
     method, several = METHODS[name], not isinstance(model.method, str)
     place = at(where, f"params.{name}" if several else "params")
     values, dimensions = {}, []
-    for key, value in model.params_of(name).items():
+    given = model.params_of(name)
+    for key in sorted(given, key=[*method.params, *given].index):  # the order of keys in a file means nothing
+        value = given[key]
         if isinstance(value, Mapping) and key in method.params:
             label = f"{name}.{key}" if several else key
             dimension = _moving(label, method.params[key], value, at(place, key), name)
