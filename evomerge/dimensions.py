@@ -66,6 +66,14 @@ class Dimension:
             return math.log(number / low) / math.log(high / low)
         return (number - low) / (high - low)
 
+    def part(self, value: Value) -> tuple[float, float]:
+        """The shares, from and to, that a whole number has of the range; ``share`` of it lies between them."""
+        low, high = self.low - 0.5, self.high + 0.5
+        if self.log:
+            width = math.log(high / low)
+            return math.log((value - 0.5) / low) / width, math.log((value + 0.5) / low) / width
+        return (value - 0.5 - low) / (high - low), (value + 0.5 - low) / (high - low)
+
     def holds(self, value: Any) -> bool:
         """Is ``value`` one that this dimension can have? False for NaN, and for 1 where true is meant."""
         if self.choices:

@@ -199,7 +199,13 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
 def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:
     """The experiment's searcher; SpecError if it cannot take the space."""
     try:
-        return searchers.make(spec.search.method, space, seed=spec.seed, starts=starts, **spec.search.options)
+        searcher = searchers.make(spec.search.method, space, seed=spec.seed, starts=starts, **spec.search.options)
+        if spec.search.schedule == "asynchronous" and not searcher.asynchronous:
+            raise SpecError(
+                f"searcher {searcher.name} decides by all that it proposed before: it cannot take scores in any order",
+                remedy="Use schedule: reproducible, or another search.method, such as random or tpe.",
+            )
+        return searcher
     except SpecError as error:
         where = error.where or at(str(spec.path or "experiment"), "search.method")
         raise SpecError(error.problem, where=where, remedy=error.remedy) from None

@@ -48,9 +48,7 @@ def most_at_once(plan: Plan) -> int:
     budget = plan.spec.search.budget
     if plan.spec.search.schedule == "asynchronous":
         return budget
-    searcher = make_searcher(plan.spec, plan.space)
-    budget = min(budget, searcher.size or budget)
-    return next((n for n in range(budget) if searcher.needs(n) > 0), budget)
+    return make_searcher(plan.spec, plan.space).at_once(budget)
 
 
 def idle_workers(plan: Plan, count: int) -> str | None:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import SpecError, nearest
 from evomerge.searchers.base import Point, Searcher, Told
 from evomerge.searchers.cma import CMASearcher
+from evomerge.searchers.coordinate import CoordinateSearcher
 from evomerge.searchers.gp import GPSearcher
 from evomerge.searchers.grid import GridSearcher
 from evomerge.searchers.nsga2 import NSGA2Searcher
 from evomerge.searchers.random import RandomSearcher
 from evomerge.searchers.sobol import SobolSearcher
+from evomerge.searchers.soup import SoupSearcher
 from evomerge.searchers.tpe import TPESearcher
 
 if TYPE_CHECKING:
@@ -21,8 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["SEARCHERS", "Point", "Searcher", "Told", "make"]
 
 SEARCHERS: Mapping[str, type[Searcher]] = {
-    s.name: s
-    for s in (CMASearcher, TPESearcher, GPSearcher, NSGA2Searcher, RandomSearcher, SobolSearcher, GridSearcher)
+    searcher.name: searcher
+    for searcher in (
+        CMASearcher,
+        TPESearcher,
+        GPSearcher,
+        NSGA2Searcher,
+        CoordinateSearcher,
+        SoupSearcher,
+        RandomSearcher,
+        SobolSearcher,
+        GridSearcher,
+    )
 }
 
 

@@ -111,6 +111,7 @@ class Searcher(ABC):
     summary: ClassVar[str] = ""  # one line for the docs and the schema
     params: ClassVar[Mapping[str, Param]] = {}
     objectives: ClassVar[Literal["one", "many"]] = "one"  # many: looks at ``Told.values``, or learns nothing
+    asynchronous: ClassVar[bool] = True  # False: cannot propose before all that ``needs`` names were told
 
     def __init__(
         self, space: Space, *, seed: int = 0, starts: Sequence[Point] = (), num_objectives: int = 1, **options: Any
@@ -131,6 +132,11 @@ class Searcher(ABC):
     def size(self) -> int | None:
         """How many proposals there are, the initial point included; None: as many as wanted."""
         return None
+
+    def at_once(self, budget: int) -> int:
+        """How many of ``budget`` trials can be open at the same time on the reproducible schedule. Asked at first."""
+        budget = min(budget, self.size or budget)
+        return next((n for n in range(budget) if self.needs(n) > 0), budget)
 
     @abstractmethod
     def needs(self, n: int) -> int:

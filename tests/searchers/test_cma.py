@@ -11,7 +11,8 @@ import pytest
 from evomerge.errors import SpecError
 from evomerge.searchers import make
 from evomerge.searchers.base import Point, Told, keyed_generator
-from evomerge.searchers.cma import MARGIN, CMASearcher, default_sigma, squash, unsquash
+from evomerge.searchers.cma import DIAGONAL_FROM, MARGIN, CMASearcher, default_sigma, squash, unsquash
+from evomerge.searchers.restarts import Run
 from evomerge.testing.searchers import MemoryStudy, SearcherContract, make_space, smooth
 
 
@@ -30,6 +31,20 @@ class TestCMAThatRestarts(SearcherContract):
 
     searcher = CMASearcher
     options = {"population": 4, "sigma": 1e-7, "restarts": 2}  # noqa: RUF012
+    budget = 40
+    improves_within = None
+
+
+class TestDiagonalCMA(SearcherContract):
+    searcher = CMASearcher
+    options = {"covariance": "diagonal"}  # noqa: RUF012
+
+
+class TestCMAWithTwoRegimes(SearcherContract):
+    """Every generation counts as converged: populations 4, 8, then small and large ones by turns."""
+
+    searcher = CMASearcher
+    options = {"population": 4, "sigma": 1e-7, "restart": "bipop"}  # noqa: RUF012
     budget = 40
     improves_within = None
 
@@ -122,7 +137,7 @@ def test_start_on_the_border():
 
 
 def test_three_hundred_dimensions():
-    """pycma changes its step-size control there. Five generations on a slope: the mean score rises."""
+    """pycma would change its step-size control there. Five generations on a slope: the mean score rises."""
     space = make_space(experts=40, groups=8)
     run = study(lambda p: sum(p.values()), space=space)
     run.run(5 * run.searcher.population)
@@ -180,6 +195,58 @@ def test_restarts_double_the_population_and_end():
     assert np.abs(centres[2] - centres[1]).max() > 0.1
 
 
+def test_two_regimes_take_turns_and_share_the_trials():
+    run = study(population=4, sigma=1e-7, restart="bipop").run(400).tell_all()
+    assert isinstance(run.searcher, CMASearcher)
+    runs = run.searcher._runs
+    doublings = [r.population for r, _ in runs if r.large]
+    assert doublings == [4 * 2**k for k in range(1, 1 + len(doublings))]
+    large, small = (sum(n for r, n in runs if r.large == kind) for kind in (True, False))
+    assert len(doublings) >= 4 and 0.5 <= small / large <= 2
+
+
+def test_a_small_run_ends_when_its_trials_are_spent():
+    """A slope with the optimum in a corner far away: nothing converges, and a restart comes from the budget alone."""
+    run = study(lambda p: sum(p.values()), population=4, restart="bipop").run(20)
+    assert isinstance(run.searcher, CMASearcher)
+    run.searcher._current = Run(4, 0.1, most=8)
+    run.searcher._trials = 0
+    run.searcher._runs = [(Run(4, 0.1), 100), (Run(8, 0.1, large=True), 200)]
+    first = run.searcher._es
+    run.run(24)
+    run.tell_all()
+    assert run.searcher._es is first
+    run.run(32)
+    run.tell_all()
+    assert run.searcher._es is not first
+
+
+def test_diagonal_learns_scales_and_no_interactions():
+    """Curvatures from 1 to 10^4 in 12 dimensions: diagonal is better where they lie along the axes, full where not."""
+    space = make_space(experts=3, groups=4, low=-1.0, high=1.0, initial=0.5)
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))[0]
+
+    def left(rotation: np.ndarray, covariance: str) -> float:
+        def score(p: Point) -> float:
+            return -float(np.sum(10.0 ** np.linspace(0, 4, 12) * (rotation @ np.array(list(p.values()))) ** 2))
+
+        run = study(score, space=space, covariance=covariance, restarts=0).run(1500).tell_all()
+        recommended = run.searcher.recommend()
+        assert recommended is not None
+        return -score(recommended)
+
+    assert left(np.eye(12), "diagonal") < 0.01 * left(np.eye(12), "full")
+    assert left(turn, "full") < 0.2 * left(turn, "diagonal")
+
+
+def test_auto_is_diagonal_in_many_dimensions():
+    few, many = (make("cma", make_space(experts=4, groups=groups)) for groups in (8, None))
+    assert isinstance(few, CMASearcher) and not few.diagonal
+    wide = make("cma", make_space(experts=DIAGONAL_FROM // 8, groups=8))
+    assert isinstance(wide, CMASearcher) and wide.diagonal
+    assert isinstance(many, CMASearcher) and not many.diagonal
+
+
 def test_without_restarts_it_goes_on_sampling():
     run = study(population=4, sigma=1e-7, restarts=0).run(40)
     assert isinstance(run.searcher, CMASearcher)
@@ -217,7 +284,15 @@ def test_late_results_of_an_old_generation_are_used():
 
 @pytest.mark.parametrize(
     "options",
-    [{"sigma": 0}, {"sigma": 1.5}, {"population": 3}, {"restarts": -1}, {"popsize": 8}, {"sigma": "0.1"}],
+    [
+        {"sigma": 0},
+        {"sigma": 1.5},
+        {"population": 3},
+        {"restarts": -1},
+        {"popsize": 8},
+        {"sigma": "0.1"},
+        {"restart": "x"},
+    ],
     ids=str,
 )
 def test_bad_options(options: dict):
