@@ -31,17 +31,15 @@ validation, train), ``apply_chat_template``, ``system_instruction``, ``fewshot_a
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from evomerge import Evaluator, EvaluatorContext, HarnessTask, Item, Outcome, Questionnaire, Target, harness_tasks
+from evomerge import EvaluatorContext, HarnessEvaluator, Item, Outcome, Questionnaire, Target
 
 
-class Harness(Evaluator):
-    """lm-eval tasks; see the top of this file for what an experiment may say."""
+class Harness(HarnessEvaluator):
+    """lm-eval tasks on the resident model; see the top of this file for what an experiment may say."""
 
     def __init__(self, context: EvaluatorContext):
         super().__init__(context)
@@ -49,22 +47,11 @@ class Harness(Evaluator):
         self._instances: dict[str, list[Any]] = {}  # lm-eval's requests of each item
         self._questions: dict[tuple[str, str], Questionnaire] = {}  # of each task and split
 
-    @functools.cached_property
-    def _tasks(self) -> dict[str, HarnessTask]:
-        return harness_tasks(self.context)
-
-    def load(self) -> list[Item]:
-        return [item for task in self._tasks.values() for item in task.items()]
-
-    def check(self, items: Sequence[Item]) -> None:
-        for name, task in self._tasks.items():
-            task.separate_fewshot([item for item in items if item.task == name])
-
     def prepare(self, target: Target, items: Sequence[Item]) -> None:
         self.check(items)
         self._items = {item.id: item for item in items}
         self._instances, self._questions = {}, {}
-        for name, task in self._tasks.items():
+        for name, task in self.tasks.items():
             mine = [item for item in items if item.task == name]
             instances = task.instances(mine, target.tokenizer)
             self._instances |= instances
@@ -89,28 +76,5 @@ class Harness(Evaluator):
         outcomes = {}
         for (name, split), ids in wanted.items():
             for item_id, answers in self._questions[name, split].answers(target.model, ids).items():
-                outcomes[item_id] = self._tasks[name].outcome(item_id, self._instances[item_id], answers)
+                outcomes[item_id] = self.tasks[name].outcome(item_id, self._instances[item_id], answers)
         return [outcomes[item_id] for item_id in item_ids]
-
-    def metric(self, task: str) -> str:
-        return self._tasks[task].metric
-
-    def default_metric(self, task: str) -> str:
-        return self._tasks[task].default_metric
-
-    def is_item_mean(self, task: str) -> bool:
-        return self.metric(task) not in self._tasks[task].aggregations
-
-    def aggregate(self, task: str, outcomes: Sequence[Outcome]) -> float:
-        """The weighted mean, or what the task's YAML names as its metric's aggregation."""
-        if self.is_item_mean(task):
-            return super().aggregate(task, outcomes)
-        metric = self.metric(task)
-        return float(self._tasks[task].aggregations[metric]([o.values[metric] for o in outcomes]))
-
-    def fingerprint(self) -> dict[str, str]:
-        """This file, the tasks' YAML and Python, their documents, and lm-eval's version."""
-        files = {file for task in self._tasks.values() for file in task.files}
-        data = {f"data of task {name}": task.data_hash() for name, task in self._tasks.items()}
-        version = {"lm-eval": importlib.metadata.version("lm-eval")}
-        return {**super().fingerprint(), **self.hash_files(sorted(files)), **data, **version}

@@ -34,15 +34,19 @@ INSTEAD = {
 OF_A_WHOLE_SET = ("f1", "mcc", "brier_score", "likelihood", "bleu", "chrf", "ter")  # not numbers item by item
 
 
-def harness_tasks(context: EvaluatorContext) -> dict[str, HarnessTask]:
+def harness_tasks(context: EvaluatorContext, also: Sequence[str] = ()) -> dict[str, HarnessTask]:
     """The lm-eval task behind each task of the experiment, with its documents loaded.
+
+    Args:
+        also: options of the experiment, beyond this module's, that somebody else takes.
 
     Raises:
         EvaluatorError: an option or a task is unknown, or a task cannot be loaded or scored.
     """
+    known = (*OPTIONS, *also)
     for key in context.options:
-        if key not in OPTIONS:
-            raise EvaluatorError(f"there is no option {key!r}", where=f"evaluate.{key}", remedy=nearest(key, OPTIONS))
+        if key not in known:
+            raise EvaluatorError(f"there is no option {key!r}", where=f"evaluate.{key}", remedy=nearest(key, known))
     with quiet():
         finder = TaskFinder(context.options.get("include_path") or [], context.folder)
         return {name: HarnessTask(spec, finder) for name, spec in context.tasks.items()}
