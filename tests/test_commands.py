@@ -161,7 +161,7 @@ evaluator.evaluate(Target(checkpoint=checkpoint, scratch=folder / "own"), [items
 """
 
 
-@pytest.mark.parametrize("how", ["kill -9", "kill -9 the group", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["kill -9", "kill -9 the group", "kill -9 with its children", "Ctrl-C"])
 def test_the_program_and_what_it_started_end_with_their_worker(folder: Path, lora_family: Path, how: str):
     command = [sys.executable, "-c", PARENT, str(folder), str(lora_family / "base")]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
@@ -169,12 +169,16 @@ def test_the_program_and_what_it_started_end_with_their_worker(folder: Path, lor
         wait_for_file(folder / "pids")
         pids = [*map(int, (folder / "pids").read_text().split())]
         pids += [p.pid for p in psutil.Process(parent.pid).children(recursive=True)]
-        assert len(set(pids)) == 3  # the program, what it started, and the supervisor
+        assert len(set(pids)) == 4  # the program, what it started, the supervisor and its guard
         assert all(is_alive(pid) for pid in pids)
         if how == "kill -9":
             parent.kill()
+        elif how == "kill -9 with its children":  # Ray's way, which spares their children
+            for child in psutil.Process(parent.pid).children():
+                child.kill()
+            parent.kill()
         else:
-            os.killpg(parent.pid, signal.SIGKILL if "-9" in how else signal.SIGINT)
+            os.killpg(parent.pid, signal.SIGKILL if how == "kill -9 the group" else signal.SIGINT)
         assert wait_until_gone([*pids, parent.pid]) == []
     finally:
         parent.kill()
