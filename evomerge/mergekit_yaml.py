@@ -1,14 +1,15 @@
-"""mergekit's configurations as recipes, and recipes as mergekit's configurations (its version 0.1.5).
+"""mergekit's configurations (its version 0.1.5) as recipes; mergekit_writing.py is the other way.
 
 What both can say comes over exactly: whole models, slices that are all layers in order, gradients, tensor filters, LoRA
-references. What only one can say is refused by name, never dropped. Two things stay different by their nature: mergekit
-computes in ``dtype``, evomerge in float32 or wider; and where a method draws at random, the draws differ.
+references, merges of merges. What only one can say is refused by name, never dropped. Two things stay different by
+their nature: mergekit computes in ``dtype``, evomerge in float32 or wider; where a method draws at random, the draws
+differ.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,9 @@ from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.recipe import DTYPES, Group, Recipe, Source
-from evomerge.validation import Strict, short, validate
+from evomerge.validation import Strict, at, short, validate
 
-# method -> defaults of the parameters that are read for it; what every expert has of its own is in PER_MODEL
+# method -> defaults of the parameters that are read for it
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "linear": {"normalize": True},
     "task_arithmetic": {"normalize": False, "lambda": 1.0},
@@ -28,8 +29,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dare_ties": {"normalize": False, "lambda": 1.0, "density": 1.0, "rescale": True},
     "slerp": {"t": None},
 }
-PER_MODEL = ("weight", "density")
-WITHOUT_EFFECT = ("int8_mask",)  # how mergekit keeps its masks
+PER_MODEL = ("weight", "density")  # what a model may have of its own
+# Declared by mergekit and without effect on the merge: how it keeps its masks; what it shares with other methods.
+WITHOUT_EFFECT: Mapping[str, Sequence[str]] = {
+    "task_arithmetic": ("int8_mask", "density", "rescale"),
+    **dict.fromkeys(("ties", "dare_linear", "dare_ties"), ("int8_mask",)),
+}
+
+
+def parameters_of(method: str) -> tuple[str, ...]:
+    """The parameters that a configuration of ``method`` may have."""
+    weights = () if method == "slerp" else ("weight",)
+    return (*weights, *DEFAULTS[method], *WITHOUT_EFFECT.get(method, ()))
 
 
 def _check_setting(value: Any) -> Any:
@@ -58,6 +69,19 @@ def _check_setting(value: Any) -> Any:
 Setting = Annotated[Any, BeforeValidator(_check_setting)]
 
 
+class _Path(Strict):
+    path: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class _Reference(Strict):
+    """A model written out. Texts are ``model``, ``model@revision`` or ``model+adapter``."""
+
+    model: str | _Path
+    lora: str | _Path | None = None
+    override_architecture: None = None
+
+
 class _Model(Strict):
     model: Any
     parameters: dict[str, Setting] | None = None
@@ -78,6 +102,7 @@ class _Configuration(Strict):
     """The shape of a mergekit configuration; what it may say is up to the reading."""
 
     merge_method: str
+    name: str | None = Field(default=None, min_length=1)
     models: list[_Model] | None = None
     slices: list[_Slice] | None = None
     modules: Any = None
@@ -90,29 +115,85 @@ class _Configuration(Strict):
     chat_template: str | None = None
 
 
-def from_mergekit(data: Mapping[str, Any], *, where: str, folder: Path | None = None) -> Recipe:
+def from_mergekit(
+    data: Mapping[str, Any], *, where: str, folder: Path | None = None, merges: Mapping[str, Recipe] | None = None
+) -> Recipe:
     """The recipe that a mergekit configuration stands for. Opens the base (its names and layers; no tensor data).
 
     Args:
         where: the file that errors name.
         folder: what relative paths start from; None: the current folder.
+        merges: what may be named as a model besides folders: the merges of the same file. They become stages.
 
     Raises:
         SpecError: what evomerge cannot say (naming it), or what mergekit would refuse too.
         CheckpointError: the base, or for methods without one the first model, cannot be opened.
     """
-    return _Reading(data, where, folder or Path()).recipe()
+    return _Reading(data, where, folder or Path(), merges or {}).recipe()
+
+
+def from_documents(documents: Sequence[Any], *, where: str, folder: Path | None = None) -> Recipe:
+    """The recipe of several configurations in one file, of which some use others by their ``name`` (mergekit-multi).
+
+    Raises SpecError also for merges that lead back to themselves, and for those that the last one does not need.
+    """
+    named: dict[str, Mapping[str, Any]] = {}
+    for number, data in enumerate(documents):
+        if not isinstance(data, Mapping) or "merge_method" not in data:
+            raise SpecError(
+                f"document {number + 1} of {len(documents)} is no mergekit configuration",
+                where=where,
+                remedy="A recipe is one document; only mergekit's configurations may be several.",
+            )
+        validate(_Configuration, data, where=where)
+        name = data.get("name") or ""
+        if name in named:
+            problem = f"two merges have the name {name!r}" if name else "two merges have no name"
+            raise SpecError(problem, where=where, remedy="Names must differ; one merge, the result, may have none.")
+        named[name] = data
+    done: dict[str, Recipe] = {}
+
+    def read(name: str, inside: tuple[str, ...]) -> Recipe:
+        if name in inside:
+            raise SpecError(f"a merge cannot be made from itself, but {' -> '.join((*inside, name))}", where=where)
+        if name not in done:
+            used = [other for other in named if other and _names_model(named[name], other)]
+            merges = {other: read(other, (*inside, name)) for other in used}
+            place = at(where, name) if name else where
+            done[name] = from_mergekit(named[name], where=place, folder=folder, merges=merges)
+        return done[name]
+
+    used = {other for name in named for other in named if other and _names_model(named[name], other)}
+    results = [name for name in named if name not in used] or list(named)[-1:]
+    result = read("" if "" in named else results[-1], ())
+    left = [name for name in named if name not in done]
+    if left:
+        raise SpecError(
+            f"the result does not need the merge {', '.join(left)}", where=where, remedy="Put it in a file of its own."
+        )
+    return result
+
+
+def _names_model(data: Any, name: str) -> bool:
+    """Does a configuration name the model ``name``, with an adapter or without?"""
+    if isinstance(data, Mapping):
+        keys = [key for key in data if key in ("base_model", "model", "path")]
+        return any(_names_model(data[key], name) for key in ("models", "slices", "sources") if key in data) or any(
+            data[key].partition("+")[0] == name if isinstance(data[key], str) else _names_model(data[key], name)
+            for key in keys
+        )
+    return isinstance(data, list) and any(_names_model(entry, name) for entry in data)
 
 
 class _Reading:
     """One configuration being read."""
 
-    def __init__(self, data: Mapping[str, Any], where: str, folder: Path):
+    def __init__(self, data: Mapping[str, Any], where: str, folder: Path, merges: Mapping[str, Recipe]):
         validate(_Configuration, data, where=where)
-        self.data, self.where, self.folder = data, where, folder
+        self.data, self.where, self.folder, self.merges = data, where, folder, merges
 
     def recipe(self) -> Recipe:
-        from evomerge.checkpoints import open_checkpoint
+        from evomerge.merging import open_source
 
         self.method = str(self.data["merge_method"])
         self.check_top()
@@ -122,19 +203,20 @@ class _Reading:
         slices = self.slices()
         self.check_parameters(slices)
         self.experts = self.expert_paths(slices)
-        sources = tuple(Source(name, path) for path, name in _names(self.experts).items())
-        reference = open_checkpoint(self.base or self.experts[0])
+        reference = open_source(self.source("base", self.base or self.experts[0]))
         self.lay_out(slices, reference.num_layers)
         settings = {
             name: self.settings_of(name, reference.info(name), slices)
             for name in reference.names
             if reference.dtype(name).is_floating_point
         }
+        settings = self.without_idle_base(settings)
         groups, params = self.groups(settings, reference)
         dtype = self.data.get("out_dtype") or self.data.get("dtype") or _stored_dtype(reference)
         if dtype not in DTYPES:
             raise self.error("dtype", f"{dtype!r} is unknown", nearest(str(dtype), DTYPES))
-        base = None if self.base is None else Source("base", self.base)
+        base = None if self.base is None else self.source("base", self.base)
+        sources = tuple(self.source(name, path) for path, name in _names(self.experts).items())
         written = Recipe(base, sources, self.method, groups, params, export_dtype=dtype)
         return Recipe.from_dict(written.to_dict(), where=self.where)  # the method's own rules
 
@@ -157,7 +239,7 @@ class _Reading:
         sources = [source for entry in slices for source in entry["sources"]]
         for parameters in (self.data.get("parameters") or {}, *(e["parameters"] for e in [*slices, *sources])):
             for key in parameters:
-                if key not in (*DEFAULTS[self.method], *PER_MODEL, *WITHOUT_EFFECT):
+                if key not in parameters_of(self.method):
                     raise self.error(
                         f"parameters.{key}", f"method {self.method} has no parameter {key!r} that evomerge knows"
                     )
@@ -178,20 +260,28 @@ class _Reading:
     # --- models ----------------------------------------------------------------------------------------------------
 
     def model(self, key: str, reference: Any) -> str:
-        """The folder that a model reference names: ``model``, or ``base+adapter``, which is the adapter's."""
-        if isinstance(reference, Mapping):
-            inner = reference.get("model")
-            reference = inner.get("path") if isinstance(inner, Mapping) else inner
-        if not isinstance(reference, str) or not reference:
-            raise self.error(key, f"a model is a path, but this is {reference!r}")
-        model, plus, adapter = reference.partition("+")
-        if plus and self.place(model) != getattr(self, "base", None):
+        """What a model reference names: a folder, an id, or a merge of this file; of ``base+adapter``, the adapter."""
+        if isinstance(reference, str) and reference and reference.count("+") < 2:
+            model, _, adapter = reference.partition("+")
+        elif isinstance(reference, Mapping):
+            written = validate(_Reference, reference, where=at(self.where, key))
+            model, adapter = (
+                f"{one.path}@{one.revision}" if isinstance(one, _Path) and one.revision
+                else one.path if isinstance(one, _Path) else one or ""
+                for one in (written.model, written.lora)
+            )  # fmt: skip
+        else:
+            raise self.error(key, f"a model is a path, or path+adapter, but this is {reference!r}")
+        if adapter and self.place(model) != getattr(self, "base", None):
             raise self.error(key, f"the adapter {adapter} belongs to {model}, which is not the base_model")
-        return self.place(adapter if plus else model)
+        return self.place(adapter or model)
 
     def place(self, path: str) -> str:
         beside = self.folder / Path(path).expanduser()
-        return str(beside) if beside.exists() else path
+        return str(beside) if path not in self.merges and beside.exists() else path
+
+    def source(self, name: str, path: str) -> Source:
+        return Source(name, recipe=self.merges[path]) if path in self.merges else Source(name, path)
 
     def slices(self) -> list[dict[str, Any]]:
         """Each slice: its range of layers (None: all), parameters, and (model, parameters) for each source."""
@@ -235,7 +325,9 @@ class _Reading:
             if len(others) != 1 or self.base is None:
                 raise self.error("models", "slerp needs the base_model and one other model")
             return [self.base, *others]
-        return paths if self.method == "linear" else [path for path in paths if path != self.base]
+        if self.method == "linear":  # a base beside whole models is one of them
+            return [*paths, self.base] if self.base and self.base not in paths and self.data.get("models") else paths
+        return [path for path in paths if path != self.base]
 
     # --- numbers ---------------------------------------------------------------------------------------------------
 
@@ -276,6 +368,16 @@ class _Reading:
                 )
             values["density"] = densities.pop()
         return self.translated([float(weight) for weight in weights], values)
+
+    def without_idle_base(self, settings: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        """A base that a linear merge gives no weight is there for its tokenizer, and none of the experts."""
+        if self.method != "linear" or self.base not in self.experts or len(self.experts) == 1:
+            return settings
+        place = self.experts.index(self.base)
+        if any(weights[place] for weights, _ in settings.values()):
+            return settings
+        self.experts = [path for path in self.experts if path != self.base]
+        return {name: (w[:place] + w[place + 1 :], params) for name, (w, params) in settings.items()}
 
     def translated(self, weights: list[float], values: dict[str, Any]) -> tuple[Any, ...]:
         """mergekit's numbers as evomerge's: (weights, parameters as pairs)."""
@@ -338,7 +440,7 @@ class _Reading:
     # --- errors ----------------------------------------------------------------------------------------------------
 
     def error(self, key: str, problem: str, remedy: str | None = None) -> SpecError:
-        return SpecError(problem, where=f"{self.where}: {key}" if key else self.where, remedy=remedy)
+        return SpecError(problem, where=at(self.where, key) if key else self.where, remedy=remedy)
 
 
 def _evaluate(setting: Any, name: str, t: float) -> Any:
@@ -380,111 +482,3 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
             name, count = f"{stem}-{count}", count + 1
         names[path] = name
     return names
-
-
-def to_mergekit(recipe: Recipe, *, lora: Iterable[str] = ()) -> dict[str, Any]:
-    """The mergekit configuration of a recipe, as plain data.
-
-    Args:
-        lora: names of the experts that are adapters; they are written as ``base+adapter``.
-
-    Raises:
-        SpecError: mergekit cannot say it (naming what).
-    """
-
-    def refuse(what: str) -> SpecError:
-        return SpecError(f"mergekit cannot say {what}", remedy="Keep the recipe.yaml; `evomerge merge` reads it.")
-
-    if recipe.method not in DEFAULTS:
-        raise refuse(f"method {recipe.method}")
-    if any(s.recipe is not None for s in (recipe.base, *recipe.experts) if s is not None):
-        raise refuse("a source that is a recipe itself")
-    if any(group.kinds for group in recipe.groups):
-        raise refuse("groups by kind of module")
-    adapters = set(lora)
-    base = recipe.base.path if recipe.base else None
-    paths = {s.name: f"{base}+{s.path}" if s.name in adapters else s.path for s in recipe.experts}
-    data: dict[str, Any] = {"merge_method": recipe.method}
-    if recipe.method == "slerp":
-        base = recipe.experts[0].path
-    if base is not None:
-        data["base_model"] = base
-    shared = _to_params(recipe.method, recipe.to_dict()["params"], refuse)
-    own = [_to_params(recipe.method, {**recipe.to_dict()["params"], **g.params}, refuse) for g in recipe.groups]
-    if recipe.method == "slerp" and shared.get("t") is None and all(p.get("t") is None for p in own):
-        own = [{**p, "t": g.weights[1] / sum(g.weights)} for p, g in zip(own, recipe.groups, strict=True)]
-        shared.pop("t", None)
-    data["parameters"] = {k: v for k, v in shared.items() if all(p.get(k) == v for p in own) and v is not None}
-    differing = [{k: v for k, v in p.items() if k not in data["parameters"]} for p in own]
-    data["dtype"] = "float32"
-    data["out_dtype"] = recipe.export_dtype
-
-    def models(group: Group, more: Mapping[str, Any]) -> list[dict[str, Any]]:
-        # A slice must name the base among its sources; beside whole models it is understood.
-        entries = [{"model": base, **more}] if more and base not in (None, *paths.values()) else []
-        for source, weight in zip(recipe.experts, group.weights, strict=True):
-            entry = {"model": paths[source.name], **more}
-            entries.append(entry if recipe.method == "slerp" else {**entry, "parameters": {"weight": weight}})
-        return entries
-
-    groups = recipe.groups
-    if len(groups) == 1 and groups[0].part == (None, None, None):
-        data["models"] = models(groups[0], {})
-        data["parameters"] |= differing[0]
-    elif all(group.layers and not group.tensors for group in groups):
-        data["slices"] = [
-            {"sources": models(group, {"layer_range": list(group.layers or ())})} | ({"parameters": p} if p else {})
-            for group, p in zip(groups, differing, strict=True)
-        ]
-    else:
-        _check_filters(recipe, refuse)
-        weights = [_conditions(groups, [group.weights[t] for group in groups]) for t in range(len(recipe.experts))]
-        data["models"] = models(Group(tuple(weights)), {})  # type: ignore[arg-type]
-        keys = dict.fromkeys(key for p in differing for key in p)
-        data["parameters"] |= {key: _conditions(groups, [p[key] for p in own]) for key in keys}
-    if not data["parameters"]:
-        del data["parameters"]
-    return data
-
-
-def _conditions(groups: Sequence[Group], values: Sequence[Any]) -> Any:
-    """One value a group as conditions by filter, one a tensor; a plain value if it is the same everywhere."""
-    if len(set(values)) == 1:
-        return values[0]
-    found: list[dict[str, Any]] = []
-    for group, value in zip(groups, values, strict=True):
-        filters = [{}] if group.tensors is None else [{"filter": name} for name in group.tensors]
-        found += [{**one, "value": value} for one in filters]
-    return found
-
-
-def _check_filters(recipe: Recipe, refuse: Any) -> None:
-    """A filter is any part of a name, so that no tensor's name may be a part of another's."""
-    if any(group.layers for group in recipe.groups):
-        raise refuse("groups of layers beside groups of tensors")
-    names = [name for group in recipe.groups for name in group.tensors or ()]
-    for name in names:
-        if any(name != other and name in other for other in names):
-            raise refuse(f"the tensor {name} alone, whose name is a part of another's")
-
-
-def _to_params(method: str, params: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
-    """evomerge's parameters as mergekit's."""
-    if method == "slerp":
-        return {"t": params["t"]}
-    if method == "linear":
-        return {"normalize": params["normalize"]}
-    found: dict[str, Any] = {"lambda": params["scale"], "normalize": False}
-    if method in ("ties", "dare_ties"):
-        if not params["normalize"] and params["mode"] == "mean":
-            raise refuse("the mean over the experts that agree (mode: mean)")
-        found["normalize"] = params["normalize"]
-    if method == "ties" and params["scope"] != "tensor" and params["density"] != 1:
-        raise refuse("thresholds over the whole model (scope: model)")
-    if "density" in params:
-        found["density"] = params["density"]
-    if "rescale" in params:
-        if params["rescale"] != "l1" and params["density"] != 1:
-            raise refuse("DARE's own rescaling by 1 / density (rescale: density)")
-        found["rescale"] = True
-    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import MethodError, SpecError, nearest
-from evomerge.validation import at, read_yaml
+from evomerge.validation import at, read_documents
 
 if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
@@ -194,7 +194,12 @@ def source_at(name: str, path: str) -> Source:
 
 def _load(path: Path, inside: tuple[str, ...]) -> Recipe:
     """The recipe in a file. ``inside``: the recipes that it is a stage of, the outermost first."""
-    data = read_yaml(path, what="a recipe")
+    documents = read_documents(path, what="a recipe")
+    if len(documents) > 1:
+        from evomerge.mergekit_yaml import from_documents
+
+        return from_documents(documents, where=str(path), folder=path.absolute().parent)
+    data = documents[0] if documents else None
     return _Reader(str(path), path.absolute().parent, (*inside, str(path.resolve()))).recipe(data)
 
 

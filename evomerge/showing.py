@@ -112,13 +112,12 @@ def show_trial(store: Store, name: str) -> str:
 
 def show_recipe(store: Store, name: str, format: str) -> str:
     """One trial's recipe as YAML: evomerge's own (``recipe``) or ``mergekit``'s."""
-    from evomerge.mergekit_yaml import to_mergekit
+    from evomerge.mergekit_writing import to_mergekit_yaml
 
     _, recipe = resolve_subject(store, name)
     if format == "recipe":
         return recipe.to_yaml().rstrip()
-    lora = [s.name for s in recipe.experts if _is_adapter(s.path)]
-    return yaml.safe_dump(to_mergekit(recipe, lora=lora), sort_keys=False, default_flow_style=None, width=120).rstrip()
+    return to_mergekit_yaml(recipe, is_adapter=_is_adapter).rstrip()
 
 
 def _is_adapter(path: str) -> bool:

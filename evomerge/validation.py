@@ -31,8 +31,8 @@ def at(where: str, key: str) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and alias bombs, and reads 1e-3 as a number (YAML 1.2), not as text."""
 
-    def get_single_node(self) -> Any:
-        node = super().get_single_node()
+    def compose_document(self) -> Any:
+        node = super().compose_document()
         if node is not None:
             _expanded_size(node, {}, set())
         return node
@@ -88,6 +88,14 @@ def read_yaml(path: Path, *, what: str) -> Any:
     Raises:
         SpecError: there is no such file, it cannot be read, or it is not valid YAML; names the line.
     """
+    documents = read_documents(path, what=what)
+    if len(documents) > 1:
+        raise SpecError(f"{what} is one document, but here are {len(documents)}, parted by ---", where=str(path))
+    return documents[0] if documents else None
+
+
+def read_documents(path: Path, *, what: str) -> list[Any]:
+    """The same of a file with any number of documents."""
     if path.is_dir():
         raise SpecError(f"{what} is a file, but {path.resolve()} is a folder", where=str(path))
     if not path.is_file():
@@ -96,7 +104,7 @@ def read_yaml(path: Path, *, what: str) -> Any:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.load(text, _Loader)
+        return list(yaml.load_all(text, _Loader))
     except UnicodeDecodeError as error:
         raise SpecError(f"{what} must be UTF-8 text: {error}", where=str(path)) from error
     except yaml.YAMLError as error:

@@ -10,7 +10,7 @@ import yaml
 
 from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import EvomergeError, SpecError
-from evomerge.mergekit_yaml import to_mergekit
+from evomerge.mergekit_writing import to_mergekit
 from evomerge.recipe import Group, Recipe, Source
 
 LAYERS = 4
@@ -72,7 +72,10 @@ def test_defaults_are_mergekits(read):
         ("task_arithmetic", {"scale": 1.0}),
         ("linear", {"normalize": True}),
     ):
-        recipe = read(f"merge_method: {method}\nbase_model: BASE\n{models}")
+        base = (
+            "" if method == "linear" else "base_model: BASE\n"
+        )  # mergekit's linear takes a base for one of the models
+        recipe = read(f"merge_method: {method}\n{base}{models}")
         assert recipe.groups == (Group((1.0, 3.0)),) and recipe.export_dtype == "bfloat16"
         assert expected.items() <= recipe.params.items()
 
