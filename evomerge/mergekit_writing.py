@@ -93,9 +93,10 @@ def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[
         data["base_model"] = base
     params = recipe.to_dict()["params"]
     own = [_to_params(recipe.method, {**params, **group.params}) for group in recipe.groups]
-    if recipe.method == "slerp" and all(p["t"] is None for p in own):
-        own = [{"t": g.weights[1] / sum(g.weights)} for g in recipe.groups]
-    data["parameters"] = {k: v for k, v in own[0].items() if v is not None and all(p[k] == v for p in own)}
+    if recipe.method == "slerp":  # where t is not given, the proportion of the weights is meant
+        by_weights = [group.weights[1] / sum(group.weights) for group in recipe.groups]
+        own = [{"t": t if p["t"] is None else p["t"]} for p, t in zip(own, by_weights, strict=True)]
+    data["parameters"] = {k: v for k, v in own[0].items() if all(p[k] == v for p in own)}
     differing = [{k: v for k, v in p.items() if k not in data["parameters"]} for p in own]
     data["dtype"] = "float64" if recipe.export_dtype == "float64" else "float32"
     data["out_dtype"] = recipe.export_dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,10 +287,12 @@ def test_slerp_out_and_back_in(dense_family: Path, tensors, tmp_path: Path):
         "slerp",
         (Group((3.0, 1.0), (0, 2)), Group((1.0, 3.0), (2, 4))),
     )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_mergekit(recipe)))
-    again = Recipe.load(tmp_path / "config.yaml")
-    assert numbers(again, tensors, "model.layers.1.mlp.up_proj.weight")[1]["t"] == 0.25
-    assert numbers(again, tensors, "model.layers.2.mlp.up_proj.weight")[1]["t"] == 0.75
+    for params, expected in ({}, 0.75), ({"t": 0.5}, 0.5):  # of one group only: the other one's is by its weights
+        groups = (recipe.groups[0], replace(recipe.groups[1], params=params))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_mergekit(replace(recipe, groups=groups))))
+        again = Recipe.load(tmp_path / "config.yaml")
+        assert numbers(again, tensors, "model.layers.1.mlp.up_proj.weight")[1]["t"] == 0.25
+        assert numbers(again, tensors, "model.layers.2.mlp.up_proj.weight")[1]["t"] == expected
 
 
 @pytest.mark.parametrize(
