@@ -33,7 +33,7 @@ from evomerge.hub import pin
 from evomerge.methods import METHODS
 from evomerge.methods.base import TensorInfo, check_params
 from evomerge.methods.chunks import merge_chunks
-from evomerge.placement import Placement, place
+from evomerge.placement import Placement, place, refuse_offloaded
 from evomerge.progress import Progress
 from evomerge.recipe import DTYPES, Recipe, Source
 from evomerge.safetensor_files import ShardWriter
@@ -116,13 +116,9 @@ class Merger:
         Merged numbers are rounded to the recipe's export_dtype first, then cast to the parameter's dtype: what is
         scored is what ``stream`` writes. Tensors that no expert touches are left alone while they hold the base.
 
-        Raises UserError if the recipe does not fit the sources.
+        Raises UserError if the recipe does not fit the sources, ResourceError if the model is offloaded.
         """
-        plan = _Plan(self, recipe)
-        resident = self._residents.get(model)
-        if resident is None:
-            shapes = {name: self.sources.reference.shape(name) for name in self.sources.names}
-            resident = self._residents[model] = _Resident(place(model, shapes))
+        plan, resident = _Plan(self, recipe), self.adopt(model)
         for name, view in resident.placement.views.items():
             if self._must_write(resident, plan, name):
                 self._write(plan, name, view)
@@ -135,6 +131,13 @@ class Merger:
                 converted = conversion.run(lambda name, dtype=dtype: self._whole(plan, name, dtype), model)
                 for target, value in converted.items():
                     state[target].copy_(value)
+
+    def adopt(self, model: Any) -> _Resident:
+        """Find out, once, where tensors lie in a model; ResourceError if it is offloaded."""
+        if model not in self._residents:
+            shapes = {name: self.sources.reference.shape(name) for name in self.sources.names}
+            self._residents[model] = _Resident(place(model, shapes))
+        return self._residents[model]
 
     @torch.no_grad()
     def stream(
@@ -405,7 +408,7 @@ def load_resident(
         unused: beginnings of the names of parameters that nobody looks at, so that the folder may lack them.
 
     Raises EvaluatorError for an unknown class, CheckpointError if the folder lacks a tensor that the class needs (it
-    would be filled at random) or cannot be loaded.
+    would be filled at random) or cannot be loaded, ResourceError if parts of the model are offloaded.
     """
     import transformers
 
@@ -438,4 +441,5 @@ def load_resident(
             f"{folder} lacks {some(missing)}, which {auto_class} needs and would fill at random",
             remedy="Let the evaluator name a class (auto_class) that the base has all tensors for.",
         )
+    refuse_offloaded(model)
     return model.to(device).eval().requires_grad_(False)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints import Checkpoint
+from evomerge.errors import ResourceError
+from evomerge.folders import some
 
 
 @dataclass
@@ -54,8 +56,9 @@ class Placement:
 def place(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Placement:
     """Find the place of every checkpoint name in ``model``, as ``from_pretrained`` would.
 
-    Raises ValueError if a tensor does not fit its place.
+    Raises ValueError if a tensor does not fit its place, ResourceError if the model is offloaded.
     """
+    refuse_offloaded(model)
     state = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
     placement = Placement()
     groups: dict[str, Conversion] = {}
@@ -81,6 +84,33 @@ def place(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Placement:
                 continue
         placement.conversions.append(group)
     return placement
+
+
+def refuse_offloaded(model: Any) -> None:
+    """ResourceError if the model's weights are not, or not always, where its modules hold them.
+
+    accelerate's hooks bring offloaded weights in from RAM or disk for each forward pass. What is written into the
+    module meanwhile goes nowhere (a meta tensor takes any number and keeps none) or is replaced: every candidate would
+    silently score as the base.
+    """
+    state = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+    absent = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    moved = [name or "the model" for name, module in model.named_modules() if _moves_weights(module)]
+    if absent or moved:
+        what = f"{some(absent)} of its tensors without memory (meta)" if absent else f"a hook that moves {moved[0]}"
+        raise ResourceError(
+            f"a merge is written into a model's own memory, but this {type(model).__name__} has {what}: it is "
+            "offloaded to RAM or disk (a device map, or accelerate's cpu_offload)",
+            remedy="Load it without offloading: on a larger device, on several GPUs, or with compute_dtype bfloat16. "
+            'An evaluator that loads models its own way can ask for checkpoints on disk (needs = "checkpoint").',
+        )
+
+
+def _moves_weights(module: Any) -> bool:
+    """Does an accelerate hook take this module's weights away between forward passes?"""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return any(getattr(h, "offload", False) or type(h).__name__ == "CpuOffload" for h in hooks)
 
 
 def _targets(model: Any, shapes: Mapping[str, Any]):

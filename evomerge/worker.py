@@ -80,6 +80,8 @@ class Worker:
             check_scratch(spec.scratch, written_bytes(self.sources, spec.export_dtype))
         with _evaluators_fault(spec.evaluator, "prepare"):
             self.evaluator.prepare(self.target, list(self.items.values()))
+        if self.target is not None:
+            self.merger.adopt(self.target.model)  # after prepare, which may have given it to accelerate
 
     def _load_items(self) -> dict[str, Item]:
         """The study's items by id, with their splits; EvaluatorError if one is gone."""

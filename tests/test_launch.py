@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,31 @@ def test_an_unknown_study_and_one_not_yet_started_are_told_apart(experiment, tmp
         open_study(str(path), None)
     assert not (path.parent / "evomerge.db").exists()
     assert find_study(str(path.parent), None)[1] == "tiny"  # the folder of an experiment will do
+
+
+# A whole run, as the command does it; the evaluator says what its own process, the worker, has imported.
+RUN = """
+import sys
+from evomerge.cli import main
+sys.argv = ["evomerge", "run", sys.argv[1]]
+try:
+    main()
+finally:
+    print("driver:", "ray" in sys.modules)
+"""
+TELLING = "\nimport sys, pathlib\ndef score(model, tokenizer, items, _score=score):\n    " + (
+    "pathlib.Path(__file__).with_name('worker').write_text(str('ray' in sys.modules))\n"
+    "    return _score(model, tokenizer, items)\n"
+)
+
+
+def test_a_run_with_one_worker_imports_no_ray_anywhere(experiment):
+    path = experiment(search={"method": "random", "budget": 1})
+    evaluator = path.parent / "my_eval.py"
+    evaluator.write_text(evaluator.read_text() + TELLING)
+    run = subprocess.run([sys.executable, "-c", RUN, path], capture_output=True, text=True, check=False)
+    assert "driver: False" in run.stdout, run.stdout + run.stderr
+    assert (path.parent / "worker").read_text() == "False"
 
 
 def test_one_worker_without_an_address_needs_no_ray(experiment):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import accelerate
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from evomerge.checkpoints import open_checkpoint
-from evomerge.placement import parameter_names, place
+from evomerge.errors import ResourceError
+from evomerge.merging import Merger, open_sources
+from evomerge.placement import parameter_names, place, refuse_offloaded
+from evomerge.recipe import Group, Recipe, Source
 from evomerge.testing import tiny
 
 
@@ -60,3 +65,52 @@ def test_names_of_parameters(moe_family: Path):
     assert names["model.layers.1.mlp.gate.weight"] == "model.layers.1.block_sparse_moe.gate.weight"
     assert names["lm_head.weight"] == "lm_head.weight"
     assert not any("experts" in name for name in names)
+
+
+def load(base: Path, **how):
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **how)
+
+
+def offloaded(base: Path, scratch: Path, how: str):
+    """The model with its weights kept elsewhere, by accelerate's own means."""
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(load(base), execution_device=torch.device("cpu"))
+    if how == "disk_offload":
+        return accelerate.disk_offload(load(base), str(scratch), execution_device=torch.device("cpu"))
+    if how == "cpu_offload_with_hook":
+        model, _ = accelerate.cpu_offload_with_hook(load(base), execution_device=torch.device("cpu"))
+        return model
+    layers = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    return load(base, device_map=layers | {"model.layers": "disk"}, offload_folder=str(scratch))
+
+
+WAYS = ["cpu_offload", "disk_offload", "cpu_offload_with_hook", "device_map"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_an_offloaded_model_is_refused(lora_family: Path, tmp_path: Path, how: str):
+    """It works by itself, so nothing but a refusal would tell that merging into it changes nothing."""
+    model = offloaded(lora_family / "base", tmp_path, how)
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, load(lora_family / "base")(tokens).logits)
+    recipe = Recipe(
+        base=Source("base", str(lora_family / "base")),
+        experts=(Source("skill", str(lora_family / "expert0")),),
+        method="task_arithmetic",
+        groups=(Group((0.5,)),),
+    )
+    with pytest.raises(ResourceError, match="is offloaded to RAM or disk"):
+        Merger(open_sources(recipe)).into(model, recipe)
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(tiny.llama_config())
+    with pytest.raises(ResourceError, match=r"without memory \(meta\)"):
+        refuse_offloaded(model)
+
+
+def test_device_maps_that_leave_weights_where_they_are_pass(lora_family: Path):
+    refuse_offloaded(load(lora_family / "base", device_map={"": "cpu"}))
+    refuse_offloaded(accelerate.dispatch_model(load(lora_family / "base"), {"": "cpu"}, force_hooks=True))

@@ -171,6 +171,18 @@ def test_needs_is_one_of_two(spec):
         Worker(with_evaluator(spec, Path(spec.folder), code))
 
 
+def test_an_evaluator_that_offloads_the_model_is_refused_when_the_worker_is_built(spec):
+    code = (
+        "import accelerate, torch\nfrom evomerge import Evaluator, Item\n"
+        "class E(Evaluator):\n"
+        "    def load(self):\n        return [Item('i', 't', 'i')]\n"
+        "    def prepare(self, target, items):\n"
+        "        accelerate.cpu_offload(target.model, execution_device=torch.device('cpu'))\n"
+    )
+    with pytest.raises(ResourceError, match="offloaded"):
+        Worker(with_evaluator(spec, Path(spec.folder), code))
+
+
 def test_a_gpu_that_is_not_there_is_refused(spec):
     if torch.cuda.is_available():
         pytest.skip("there is one")
