@@ -38,6 +38,7 @@ _PUBLIC = {
     "Recipe": "evomerge.recipe",
     "Searcher": "evomerge.searchers.base",
     "Told": "evomerge.searchers.base",
+    "keyed_generator": "evomerge.searchers.base",
     "Space": "evomerge.space",
 }
 
@@ -70,6 +71,7 @@ __all__ = [  # a plain list, for tools that read it without running it; held equ
     "__version__",
     "generate",
     "harness_tasks",
+    "keyed_generator",
     "loglikelihoods",
     "merge_state_dicts",
 ]

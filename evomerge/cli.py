@@ -35,6 +35,7 @@ Storage = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Workers, in place of the experiment's.")]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster: auto, or ray://host:10001.")]
+Allow = Annotated[bool, typer.Option("--allow-code", help="Run the file that a recipe names as its method's code.")]
 Seconds = Annotated[str | None, typer.Option("--time", help="Propose no candidate after this long: 90s, 30m, 6h.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Trials in all; +N for N more than the study has.")]
 Drift = Annotated[bool, typer.Option("--allow-drift", help="Go on although sources, evaluator or data have changed.")]
@@ -194,11 +195,13 @@ def export(
 ) -> None:
     """Write a merge as a checkpoint. A Hugging Face folder, with its recipe and a model card."""
     from evomerge.launch import open_study
+    from evomerge.methods.lookup import permit
     from evomerge.showing import card_of, resolve_subject
 
     store = open_study(study, storage)
     subject, recipe = resolve_subject(store, trial)
     worker = store.record["worker"]
+    recipe = permit(recipe, trusted=[code["sha256"] for code in worker.get("codes", {}).values()])
     _export(recipe, out, card_of(store, subject), worker["threads"], device or worker["device"])
 
 
@@ -208,11 +211,13 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu or cuda.")] = "cpu",
+    allow_code: Allow = False,
 ) -> None:
     """One merge, without a search."""
+    from evomerge.methods.lookup import permit
     from evomerge.recipe import Recipe
 
-    _export(Recipe.load(recipe), out, None, threads, device)
+    _export(permit(Recipe.load(recipe), allow=allow_code), out, None, threads, device)
 
 
 @app.command(epilog=_example("evomerge evaluate merged experiment.yaml --split test --compare"))
@@ -227,6 +232,7 @@ def evaluate(
         typer.Option("--compare", help="Compare with what the study stored for the same recipe; exit 3 if it differs."),
     ] = False,
     format: Annotated[str, typer.Option("--format", help="text or json (item by item).")] = "text",
+    allow_code: Allow = False,
     storage: Storage = None,
 ) -> None:
     """Score a checkpoint or a recipe. On an experiment's items, by plain transformers, in this process."""
@@ -246,7 +252,7 @@ def evaluate(
     store = open_study(str(experiment), storage) if compare else None
     if store is not None:
         rescoring.check_comparable(plan, store)
-    scores = rescoring.score_target(target, plan, split)
+    scores = rescoring.score_target(target, plan, split, allow_code=allow_code)
     comparison = rescoring.compare(scores, store) if store else None
     if format == "json":
         print(json.dumps(rescoring.as_json(scores, comparison), indent=2))
@@ -287,7 +293,11 @@ def load(
 
 
 @app.command(epilog=_example("evomerge methods ties"))
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, in full.")] = None) -> None:
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method, in full; also file.py@name, which is run.")
+    ] = None,
+) -> None:
     """List the merge methods, or show one. With its parameters and source."""
     from evomerge.showing import show_method, show_methods
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import numbers
+import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +17,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from evomerge import installed
 from evomerge.errors import CandidateError, EvaluatorError, nearest
-from evomerge.plugins import code_files, explain, hash_files, load_module, run_user_code
+from evomerge.plugins import (
+    EVALUATOR,
+    code_files,
+    explain,
+    hash_files,
+    load_module,
+    names_file,
+    run_user_code,
+    split_reference,
+)
 from evomerge.splits import SPLITS, assign_splits
 
 __all__ = [
@@ -292,7 +303,8 @@ class FunctionEvaluator(Evaluator):
 
 
 def load_evaluator(path_at_name: str, context: EvaluatorContext) -> Evaluator:
-    """The evaluator that ``file.py`` (its one Evaluator class) or ``file.py@name`` (that class or function) names.
+    """The evaluator that ``file.py`` (its one Evaluator class) or ``file.py@name`` (that class or function) names, or
+    that an installed package offers under a name.
 
     A relative path starts at ``context.folder``. The file is run as a module of its own, under a private name, with its
     folder importable while it runs.
@@ -300,9 +312,9 @@ def load_evaluator(path_at_name: str, context: EvaluatorContext) -> Evaluator:
     Raises:
         EvaluatorError: there is no such file or name, it cannot be run, or it is not one evaluator.
     """
-    file, at, name = path_at_name.rpartition("@")
-    if not at:
-        file, name = name, ""
+    if not names_file(path_at_name):
+        return _installed(path_at_name, context)
+    file, name = split_reference(path_at_name)
     path = (context.folder / file).resolve()
     module = load_module(path)
     here = {key: value for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
@@ -331,6 +343,18 @@ def _known_needs(evaluator: Evaluator, path: Path) -> Evaluator:
     if evaluator.needs not in ("model", "checkpoint"):
         raise EvaluatorError(f"needs is 'model' or 'checkpoint', but is {evaluator.needs!r:.80}", where=str(path))
     return evaluator
+
+
+def _installed(name: str, context: EvaluatorContext) -> Evaluator:
+    found, code = installed.load(EVALUATOR, name)
+    path = Path(inspect.getfile(found)) if inspect.isclass(found) or inspect.isfunction(found) else Path(code.package)
+    if isinstance(found, type) and issubclass(found, Evaluator):
+        return _known_needs(run_user_code(lambda: found(context), path), path)
+    if not inspect.isfunction(found):
+        raise EvaluatorError(
+            f"evaluator {name!r} of the installed package {code.package} is neither a function nor an Evaluator class"
+        )
+    return FunctionEvaluator(context, sys.modules[found.__module__], found.__name__)
 
 
 def check_outcomes(outcomes: Sequence[Outcome], item_ids: Sequence[str]) -> None:

@@ -260,15 +260,18 @@ def run_study(
 
 
 def _refuse_other_search(plan: Plan, url: str) -> None:
-    """Space, searcher, seed and objective cannot drift, --allow-drift or not: stored trials could not be replayed."""
+    """Space, searcher, seed, objective and the code of methods cannot drift, --allow-drift or not: stored trials could
+    not be replayed."""
     name = plan.spec.name
     if not _exists(url, name):
         return
     stored = Store.open(url, name).record["fingerprint"]
-    other = [key for key in ("space", "search", "seed", "objective") if stored.get(key) != plan.fingerprint.get(key)]
+    methods = sorted(key for key in {*stored, *plan.fingerprint} if key.startswith("method "))
+    keys = ("space", "search", "seed", "objective", *methods)
+    other = [key for key in keys if stored.get(key) != plan.fingerprint.get(key)]
     if other:
         raise StudyError(
             f"study {name!r} in {url} belongs to another experiment: its {', '.join(other)} differ:\n"
             + "\n".join(f"    {c}" for c in drift(stored, plan.fingerprint)),
-            remedy="Restore them in the experiment file, or give the experiment a new name, or another --storage.",
+            remedy="Restore them, or give the experiment a new name, or another --storage.",
         )

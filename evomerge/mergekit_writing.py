@@ -77,7 +77,7 @@ def _reference(source: Source, names: Mapping[str, str], adapter_of: Source | No
 
 def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[str, str]) -> dict[str, Any]:
     """One configuration."""
-    if recipe.method not in DEFAULTS:
+    if recipe.method not in DEFAULTS or recipe.code is not None:
         raise refuse(f"method {recipe.method}")
     if any(group.kinds for group in recipe.groups):
         raise refuse("groups by kind of module")

@@ -27,12 +27,12 @@ from evomerge.checkpoints import (
     open_checkpoint,
     open_expert,
 )
-from evomerge.errors import CheckpointError, EvaluatorError, MethodError, SpecError, nearest
+from evomerge.errors import CheckpointError, EvaluatorError, SpecError, nearest
 from evomerge.folders import find_folder, some
 from evomerge.hub import pin
-from evomerge.methods import METHODS
-from evomerge.methods.base import TensorInfo, check_params
+from evomerge.methods.base import Method, TensorInfo, check_params
 from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.lookup import method_of
 from evomerge.placement import Placement, place, refuse_offloaded
 from evomerge.progress import Progress
 from evomerge.recipe import DTYPES, Recipe, Source
@@ -58,8 +58,6 @@ class _Plan:
 
     def __init__(self, merger: Merger, recipe: Recipe):
         sources = merger.sources
-        if recipe.method not in METHODS:
-            raise MethodError(f"there is no method {recipe.method!r}", remedy=nearest(recipe.method, METHODS))
         if len(recipe.experts) != len(sources.experts):
             raise ValueError(f"the recipe has {len(recipe.experts)} experts, the sources have {len(sources.experts)}")
         layers, end = sources.reference.num_layers, recipe.end
@@ -69,12 +67,12 @@ class _Plan:
                 remedy=f"The groups must cover the layers 0 to {layers}, the last one excluded.",
             )
         self._group_of = {name: recipe.group_for(info) for name, info in merger.infos.items()}
-        self.recipe, self.method, self.dtype = recipe, METHODS[recipe.method], torch_dtype(recipe.export_dtype)
+        self.recipe, self.method, self.dtype = recipe, method_of(recipe), torch_dtype(recipe.export_dtype)
         self._groups = {
             id(group): check_params(recipe.method, self.method, {**recipe.params, **group.params})
             for group in recipe.groups
         }
-        self.state = merger.state(recipe.method, list(self._groups.values()))
+        self.state = merger.state(recipe.method, self.method, list(self._groups.values()))
 
     def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:
         """(weights, parameters) for a tensor."""
@@ -106,7 +104,7 @@ class Merger:
         self.sources, self.device = sources, device
         self.fixed_params = dict(fixed_params or {})
         self.infos = {name: sources.info(name) for name in sources.names if sources.is_float(name)}
-        self._states: dict[str, tuple[dict[str, Any], Any]] = {}  # method -> (what was fixed, its state)
+        self._states: dict[Method, tuple[dict[str, Any], Any]] = {}  # method -> (what was fixed, its state)
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -188,9 +186,9 @@ class Merger:
                     os.fsync(handle.fileno())
         return hashes
 
-    def state(self, method: str, groups: Sequence[Mapping[str, Any]]) -> Any:
+    def state(self, name: str, method: Method, groups: Sequence[Mapping[str, Any]]) -> Any:
         """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes."""
-        first, known_fixed = groups[0], self.fixed_params.get(method)
+        first, known_fixed = groups[0], self.fixed_params.get(name)
         fixed = {
             key: value
             for key, value in first.items()
@@ -199,7 +197,7 @@ class Merger:
         }
         known = self._states.get(method)
         if known is None or known[0] != fixed:
-            known = self._states[method] = fixed, METHODS[method].prepare(self.sources, **fixed)
+            known = self._states[method] = fixed, method.prepare(self.sources, **fixed)
         return known[1]
 
     def _must_write(self, resident: _Resident, plan: _Plan, name: str) -> bool:

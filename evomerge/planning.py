@@ -9,22 +9,26 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from evomerge import searchers
+from evomerge import installed, searchers
 from evomerge.checkpoints import Sources
 from evomerge.dimensions import Point
 from evomerge.errors import CheckpointError, EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.hub import pin
 from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
+from evomerge.methods.lookup import permit
+from evomerge.plugins import EVALUATOR, Code, code_files, hash_files, names_file
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
 from evomerge.recipe import Group, Recipe, Source, is_recipe_file, source_at
 from evomerge.scratch import check_scratch
 from evomerge.searchers.base import Searcher
+from evomerge.searchers.lookup import find as find_searcher
 from evomerge.space import Space
-from evomerge.spec import Spec, resolve_file
+from evomerge.spec import Spec, resolve_evaluator
 from evomerge.stages import placed
 from evomerge.validation import at
 
@@ -45,6 +49,12 @@ class Plan:
     worker: WorkerSpec
     fingerprint: Mapping[str, str]  # what must not change before a resume, by a name that a user recognises
     libraries: Mapping[str, str]
+
+    @property
+    def codes(self) -> dict[str, Code]:
+        """The plug-ins in methods and searcher: what the experiment calls them, and their code."""
+        searcher = find_searcher(self.spec.search.method, self.spec.folder)
+        return {**self.space.codes, **({self.spec.search.method: searcher.code} if searcher.code else {})}
 
     @property
     def tasks(self) -> dict[str, TaskSpec]:
@@ -109,18 +119,25 @@ def build_plan(
         check_local_gpus(count, spec.workers.gpus)
 
     base, *experts = named_sources(spec, progress, recorded or {})
-    unhashed = Recipe(
-        base=base,
-        experts=tuple(experts),
-        method="task_arithmetic",
-        groups=(Group(weights=(0.0,) * len(spec.experts)),),
-        seed=spec.seed,
-        export_dtype=spec.export_dtype,
+    unhashed = permit(
+        Recipe(
+            base=base,
+            experts=tuple(experts),
+            method="task_arithmetic",
+            groups=(Group(weights=(0.0,) * len(spec.experts)),),
+            seed=spec.seed,
+            export_dtype=spec.export_dtype,
+        )
     )
     sources = open_sources(unhashed)
     base = sources.reference
-    shape = {"num_layers": base.num_layers, "tensors": [sources.info(n) for n in sources.names if sources.touched(n)]}
-    make_searcher(spec, Space.from_dict(spec.space, template=unhashed, **shape, where=spec.space_where))
+    shape: dict[str, Any] = {
+        "num_layers": base.num_layers,
+        "tensors": [sources.info(n) for n in sources.names if sources.touched(n)],
+        "where": spec.space_where,
+        "folder": spec.code_folder,
+    }
+    make_searcher(spec, Space.from_dict(spec.space, template=unhashed, **shape))
 
     evaluator_file = resolve_evaluator(spec)
     context = EvaluatorContext(
@@ -141,7 +158,7 @@ def build_plan(
         check_scratch(scratch, here * written_bytes(sources, spec.export_dtype), workers=here)
 
     template = placed(hash_sources(unhashed, progress))
-    space = Space.from_dict(spec.space, template=template, **shape, where=spec.space_where)
+    space = Space.from_dict(spec.space, template=template, **shape)
     worker = WorkerSpec(
         folder=str(spec.folder),
         base=_plain(template.base),
@@ -158,6 +175,7 @@ def build_plan(
         threads=spec.workers.threads,
         fixed_params=space.fixed_params,
         scratch=scratch,
+        codes={name: code.to_dict() for name, code in space.codes.items()},
     )
     plan_parts = _fingerprint(spec, template, space, evaluator, items, worker)
     return Plan(
@@ -199,7 +217,8 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
 def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:
     """The experiment's searcher; SpecError if it cannot take the space."""
     try:
-        searcher = searchers.make(spec.search.method, space, seed=spec.seed, starts=starts, **spec.search.options)
+        chosen = find_searcher(spec.search.method, spec.folder).searcher
+        searcher = searchers.make(chosen, space, seed=spec.seed, starts=starts, **spec.search.options)
         if spec.search.schedule == "asynchronous" and not searcher.asynchronous:
             raise SpecError(
                 f"searcher {searcher.name} decides by all that it proposed before: it cannot take scores in any order",
@@ -209,12 +228,6 @@ def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Sea
     except SpecError as error:
         where = error.where or at(str(spec.path or "experiment"), "search.method")
         raise SpecError(error.problem, where=where, remedy=error.remedy) from None
-
-
-def resolve_evaluator(spec: Spec) -> str:
-    """The absolute path of the evaluator file, with ``@name`` kept."""
-    path, at, name = spec.evaluate.evaluator.partition("@")
-    return f"{resolve_file(path, spec.folder, 'evaluators')}{at}{name}"
 
 
 def hash_sources(recipe: Recipe, progress: Progress) -> Recipe:
@@ -297,6 +310,16 @@ def _starts(spec: Spec) -> dict[str, Any]:
     return {"initial": [s.model_dump(by_alias=True) for s in spec.search.initial]} if spec.search.initial else {}
 
 
+def _code_parts(kind: str, name: str, code: Code | None, spec: Spec) -> dict[str, str]:
+    """What must not change of a plug-in's code: its files, or the package it came with; nothing of evomerge's own."""
+    if code is None:
+        return {}
+    if code.path:
+        hashes = hash_files(code_files(Path(code.path)), spec.folder)
+        return {f"{kind} {file}": digest for file, digest in hashes.items()}
+    return {f"{kind} {name}": f"{code.sha256[:12]} ({code.package})"}
+
+
 def _fingerprint(
     spec: Spec, template: Recipe, space: Space, evaluator: Evaluator, items: tuple[Item, ...], worker: WorkerSpec
 ) -> dict[str, str]:
@@ -308,6 +331,11 @@ def _fingerprint(
         sort_keys=True,
     )
     parts |= {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
+    for name, code in space.codes.items():
+        parts |= _code_parts("method", name, code, spec)
+    parts |= _code_parts("searcher", spec.search.method, find_searcher(spec.search.method, spec.folder).code, spec)
+    if not names_file(worker.evaluator):
+        parts |= _code_parts("evaluator", worker.evaluator, installed.load(EVALUATOR, worker.evaluator)[1], spec)
     for split in SPLITS:
         parts[f"items in {split}"] = _digest([i.id for i in items if i.split == split])
     for name, task in evaluator.context.tasks.items():

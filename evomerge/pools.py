@@ -48,6 +48,7 @@ class WorkerSpec:
     threads: int = 1
     fixed_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method: what no candidate changes
     scratch: str = ""  # where an evaluator's checkpoints are written; "": the system's temporary folder
+    codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by method that is a plug-in: plugins.Code
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import MethodError, SpecError, nearest
+from evomerge.plugins import Code, names_file, split_reference
 from evomerge.validation import at, read_documents
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 RECIPE_FILES = (".yaml", ".yml", ".json")
 MOST_STAGES = 16  # recipes inside each other
-KEYS = ("evomerge_recipe", "base", "experts", "method", "params", "groups", "weights", "seed", "export_dtype")
+KEYS = ("evomerge_recipe", "base", "experts", "method", "code", "params", "groups", "weights", "seed", "export_dtype")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sources (with content hashes), method, every number and seed."""
+    """Sources (with content hashes), method, every number and seed.
+
+    ``code`` is that of a method which is not evomerge's own. It does not run by being named here, so that the numbers
+    of such a recipe are checked when it is merged (``methods.lookup.permit``).
+    """
 
     base: Source | None
     experts: tuple[Source, ...]
@@ -72,6 +77,7 @@ class Recipe:
     params: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     export_dtype: str = "bfloat16"
+    code: Code | None = None
 
     def group_for(self, info: TensorInfo) -> Group:
         """The one group that ``info`` belongs to; SpecError if the recipe has none for it."""
@@ -122,7 +128,7 @@ class Recipe:
             }
             entry["weights"] = {s.name: float(w) for s, w in zip(self.experts, group.weights, strict=True)}
             if group.params:
-                checked = _check_params(self.method, {**self.params, **group.params})
+                checked = self._checked({**self.params, **group.params})
                 entry["params"] = {key: checked[key] for key in group.params}
             groups.append(entry)
         return {
@@ -130,15 +136,19 @@ class Recipe:
             "base": source(self.base) if self.base else None,
             "experts": [source(s) for s in self.experts],
             "method": self.method,
-            "params": _check_params(self.method, self.params),
+            **({"code": self.code.to_dict()} if self.code else {}),
+            "params": self._checked(self.params),
             "groups": groups,
             "seed": self.seed,
             "export_dtype": self.export_dtype,
         }
 
+    def _checked(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return _check_params(self.method, params) if self.code is None else dict(params)
+
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of everything but names of places: content hashes stand for sources, not their paths.
+        """SHA-256 (hex) of everything but names of places: content hashes stand for sources and code, not their paths.
 
         A stage's is the hash of its recipe.
         """
@@ -150,6 +160,8 @@ class Recipe:
                 del entry["sha256"]
             elif source is not None and source.sha256:
                 del entry["path"]
+        if self.code is not None and self.code.sha256:
+            data["method"], data["code"] = split_reference(self.method)[1] or self.method, self.code.sha256
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @classmethod
@@ -214,6 +226,13 @@ def holds(info: TensorInfo, layers: tuple[int, int] | None, kinds: Sequence[str]
     return layers[0] == 0 if info.kind == "embedding" else layers[1] == end
 
 
+def _foreign(method: str) -> bool:
+    """Is this method not evomerge's own, so that its rules are not known here?"""
+    from evomerge.methods import METHODS
+
+    return method not in METHODS
+
+
 def _check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of ``method`` in their types, defaults filled in; MethodError for what is unknown or illegal."""
     from evomerge.methods import METHODS
@@ -252,7 +271,7 @@ class _Reader:
             )
         experts = self.experts(data.get("experts"))
         names = [source.name for source in experts]
-        method = self.method(data.get("method"), data.get("base") is not None, len(experts))
+        method, code = self.method(data, len(experts))
         base = None if data.get("base") is None else self.source("base", data["base"], "base")
         params = self.params("params", method, {}, data.get("params"))
         if ("groups" in data) == ("weights" in data):
@@ -267,7 +286,7 @@ class _Reader:
         export_dtype = data.get("export_dtype", "bfloat16")
         if export_dtype not in DTYPES:
             raise self.error("export_dtype", f"{_shown(export_dtype)} is unknown", nearest(str(export_dtype), DTYPES))
-        return Recipe(base, experts, method, groups, params, seed, export_dtype)
+        return Recipe(base, experts, method, groups, params, seed, export_dtype, code)
 
     def experts(self, data: Any) -> tuple[Source, ...]:
         if isinstance(data, Mapping):
@@ -325,23 +344,59 @@ class _Reader:
             raise self.error(key, f"there is no recipe {data!r} ({file.absolute()})", "Give the path of a recipe.")
         return _load(file, self.inside)
 
-    def method(self, name: Any, has_base: bool, num_experts: int) -> str:
+    def method(self, data: Mapping[Any, Any], num_experts: int) -> tuple[str, Code | None]:
+        """The method's name, and its code if that is not evomerge's own (which is not looked at)."""
+        from evomerge import installed
         from evomerge.methods import METHODS
         from evomerge.methods.base import check_experts
+        from evomerge.plugins import METHOD
 
+        name, has_base = data.get("method"), data.get("base") is not None
+        if not isinstance(name, str):
+            raise self.error("method", f"must be a method's name, but is {_shown(name)}", nearest("", METHODS))
+        if names_file(name) or (name not in METHODS and "code" in data):
+            return name, self.code(name, data.get("code"))
         if name not in METHODS:
-            raise self.error("method", f"there is no method {_shown(name)}", nearest(str(name), METHODS))
+            others = installed.names(METHOD)
+            if name not in others:
+                raise self.error(
+                    "method", f"there is no method {_shown(name)}", nearest(str(name), [*METHODS, *others])
+                )
+            return name, Code()
+        if data.get("code") is not None:
+            raise self.error("code", f"method {name} is evomerge's own and has no code of its own", "Leave code out.")
         try:
             check_experts(METHODS[name], has_base, num_experts)
         except MethodError as error:
             raise self.error("experts" if has_base else "base", error.problem, error.remedy) from None
-        return name
+        return name, None
+
+    def code(self, name: str, data: Any) -> Code:
+        """The code of a method, given as {path or package, sha256}; by default the file that its name says."""
+        entry = {} if data is None else data
+        place = "path" if names_file(name) else "package"
+        if not isinstance(entry, Mapping) or not all(isinstance(value, str) for value in entry.values()):
+            raise self.error("code", f"must be a table {{{place}, sha256}}, but is {_shown(data)}")
+        self.known_keys("code", entry, (place, "sha256"))
+        if place == "package":
+            return Code(package=entry.get("package", ""), sha256=entry.get("sha256", ""))
+        path = entry.get("path") or split_reference(name)[0]
+        if self.folder is not None:
+            path = str(self.folder / Path(path).expanduser())
+        return Code(path=path, sha256=entry.get("sha256", ""))
 
     def params(self, key: str, method: str, shared: Mapping[str, Any], data: Any) -> dict[str, Any]:
         """Checked parameters: all of them at the top (nothing is ``shared`` yet), what is given in a group."""
         if not isinstance(data, Mapping | None):
             raise self.error(key, f"must be a table of parameters, but is {_shown(data)}")
         given = {str(name): value for name, value in (data or {}).items()}
+        if _foreign(method):
+            for name, value in given.items():
+                if not isinstance(value, int | float | str | bool | None):
+                    raise self.error(
+                        f"{key}.{name}", f"must be a number, a word, true or false, but is {_shown(value)}"
+                    )
+            return given
         try:
             checked = _check_params(method, {**shared, **given})
         except MethodError as error:
@@ -420,6 +475,9 @@ class _Reader:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 hint = "Write numbers without quotation marks." if isinstance(value, str) else None
                 raise self.error(f"{key}.{name}", f"must be a finite number, but is {_shown(value)}", hint)
+            if _foreign(method):
+                weights.append(float(value))
+                continue
             try:
                 weights.append(float(METHODS[method].weight.check(name, value, f"the weight of method {method}")))
             except MethodError as error:

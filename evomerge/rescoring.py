@@ -15,6 +15,7 @@ from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective
 from evomerge.exporting import RECIPE_FILE
 from evomerge.hub import fetch, hub_id
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
+from evomerge.methods.lookup import permit
 from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
 from evomerge.scratch import remove_stale, scratch_folder, written
@@ -49,7 +50,7 @@ class Comparison:
         return self.equal == self.items
 
 
-def score_target(target: Path, plan: Plan, split: str) -> Scores:
+def score_target(target: Path, plan: Plan, split: str, *, allow_code: bool = False) -> Scores:
     """Evaluate a checkpoint (a folder or an id, loaded by plain transformers) or a recipe file on one split.
 
     Items, batch layout, thread count and compute dtype are the experiment's, so that the outcomes can be compared bit
@@ -66,7 +67,7 @@ def score_target(target: Path, plan: Plan, split: str) -> Scores:
         check_tokenizers(open_checkpoint(target), [plan.sources.reference])
         recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None
     elif target.is_file():
-        recipe = Recipe.load(target)
+        recipe = permit(Recipe.load(target), allow=allow_code)
         if recipe.base is None:
             raise SpecError("a recipe without a base cannot be evaluated", where=str(target), remedy="Export it first.")
         if stages(recipe):

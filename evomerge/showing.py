@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evomerge.errors import MethodError, StudyError, UserError, nearest
+from evomerge.errors import MethodError, StudyError, UserError
 from evomerge.exporting import merged_bytes
 from evomerge.folders import find_folder
 from evomerge.launch import Options, storage_of
@@ -154,6 +155,8 @@ def describe_plan(plan: Plan, options: Options) -> str:
     lines += [f"  {d.name:<22} {d.text()}, from {d.initial_text()}" for d in space.dimensions[:12]]
     if len(space.dimensions) > 12:
         lines.append(f"  and {len(space.dimensions) - 12} more")
+    for name, code in plan.codes.items():
+        lines.append(f"code         {name}: {code.path or code.package}  sha256 {code.sha256[:12]}")
     lines.append(
         f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}"
     )
@@ -214,33 +217,49 @@ def needs_a_look(store: Store) -> bool:
 
 
 def show_methods() -> str:
-    """A line a method: name, what for, parameters."""
+    """A line a method: name, what for, parameters; evomerge's own, then those of installed packages."""
+    from evomerge import installed
     from evomerge.methods import METHODS
+    from evomerge.methods.lookup import find
+    from evomerge.plugins import METHOD
 
-    width = max(len(name) for name in METHODS)
-    lines = []
-    for name, method in METHODS.items():
+    others = installed.names(METHOD)
+    width = max(len(name) for name in [*METHODS, *others])
+
+    def line(name: str, method: Any, note: str = "") -> str:
         params = ", ".join(f"{k}={_value(p.default)}" for k, p in method.params.items())
-        lines.append(f"{name:<{width}}  {method.summary}" + (f"  [{params}]" if params else ""))
+        return f"{name:<{width}}  {method.summary}" + (f"  [{params}]" if params else "") + note
+
+    lines = [line(name, method) for name, method in METHODS.items()]
+    for name in others:
+        try:
+            found = find(name)
+        except MethodError as error:  # that package's affair, and of those who name it
+            lines.append(f"{name:<{width}}  cannot be used: {error.problem}")
+        else:
+            lines.append(line(name, found.method, f"  (from {found.code.package})" if found.code else ""))
     return "\n".join(lines)
 
 
 def show_method(name: str) -> str:
     """One method: summary, source, experts it takes, parameters with defaults and ranges.
 
+    Args:
+        name: as in an experiment; a file's is relative to the current folder, and its code runs.
+
     Raises:
         MethodError: there is no such method.
     """
-    from evomerge.methods import METHODS
+    from evomerge.methods.lookup import find
 
-    if name not in METHODS:
-        raise MethodError(f"there is no method {name!r}", remedy=nearest(name, METHODS))
-    method = METHODS[name]
+    found = find(name, Path())
+    method = found.method
     fewest, most = method.num_experts
     experts = f"{fewest} or more" if most is None else str(fewest) if most == fewest else f"{fewest} to {most}"
     lines = [
         f"{name}: {method.summary}",
         f"source      {method.reference}",
+        *([f"code        {found.code.path or found.code.package}  sha256 {found.code.sha256}"] if found.code else []),
         f"experts     {experts}",
         f"base        {'needed' if method.needs_base else 'not needed'}",
         "weights     one an expert",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.dimensions import Dimension, Point, Value
@@ -16,6 +17,7 @@ from evomerge.validation import at
 
 if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
+    from evomerge.plugins import Code
 
 METHOD = "method"  # the dimension that the method is, where it is a choice
 Part = tuple[tuple[int, int] | None, tuple[str, ...] | None, tuple[str, ...] | None]  # layers, kinds, tensors
@@ -52,12 +54,14 @@ class Space:
         regions: what the groups of every candidate are.
         dimensions: what may move: the method, its parameters, then the weights, expert by expert and within an expert
             region by region.
+        codes: method -> its code, of those methods that are not evomerge's own.
     """
 
     template: Recipe
     params: Mapping[str, Mapping[str, Any]]
     regions: tuple[Region, ...]
     dimensions: tuple[Dimension, ...]
+    codes: Mapping[str, Code] = field(default_factory=dict)
 
     @classmethod
     def from_dict(
@@ -68,12 +72,14 @@ class Space:
         num_layers: int,
         tensors: Iterable[TensorInfo] = (),
         where: str = "space",
+        folder: Path | None = None,
     ) -> Space:
         """The space that ``data`` describes (see SpaceModel), for a model with ``num_layers`` layers.
 
         Args:
             tensors: those that an expert may change; granularities of modules and tensors are made of them. All other
                 tensors get the initial weights.
+            folder: where methods that are files' are, which then run; None: the space may name none.
 
         Raises:
             SpecError: unknown key, method, parameter or granularity; a range upside down or outside the method's legal
@@ -81,7 +87,7 @@ class Space:
                 that moves.
         """
         experts = [source.name for source in template.experts]
-        model = check_space(data, experts, where=where)
+        model = check_space(data, experts, where=where, folder=folder)
         dimensions: list[Dimension] = []
         if len(model.methods) > 1:
             choices = tuple(str(choice) for choice in model.method.choices or ())  # type: ignore[union-attr]
@@ -105,7 +111,8 @@ class Space:
             )
         if not dimensions:
             raise nothing_moves(where)
-        return cls(template, params, regions, tuple(dimensions))
+        codes = {name: code for name in model.methods if (code := model.found(name).code) is not None}
+        return cls(template, params, regions, tuple(dimensions), codes)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -142,7 +149,7 @@ class Space:
             )
             for region in self.regions
         )
-        return replace(self.template, method=method, params=params, groups=groups)
+        return replace(self.template, method=method, code=self.codes.get(method), params=params, groups=groups)
 
     def encode(self, recipe: Recipe) -> Point:
         """The point that decodes to ``recipe``: ``encode(decode(p)) == p``.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from evomerge.dimensions import Dimension
@@ -17,6 +18,7 @@ from evomerge.validation import Strict, at, short, validate
 
 if TYPE_CHECKING:
     from evomerge.methods.base import Method
+    from evomerge.methods.lookup import Found
 
 GROUPED = ("layer_groups", "layer_module")
 Granularity = Literal["global", "task", "layer_groups", "layer", "module", "layer_module", "tensor"]
@@ -167,6 +169,12 @@ class SpaceModel(Strict):
     )
     weights: WeightsModel = Field(description="which weights may move, between which bounds, from where")
 
+    _found: dict[str, Found] = PrivateAttr(default_factory=dict)  # filled by check_space
+
+    def found(self, method: str) -> Found:
+        """The method that the space calls so, with its code."""
+        return self._found[method]
+
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that a candidate may have, the initial one first."""
@@ -181,14 +189,17 @@ class SpaceModel(Strict):
         return dict(self.params if isinstance(self.method, str) else self.params.get(method) or {})
 
 
-def check_space(data: Any, experts: Sequence[str], *, where: str) -> SpaceModel:
+def check_space(data: Any, experts: Sequence[str], *, where: str, folder: Path | None = None) -> SpaceModel:
     """All that can be checked of a space without the model (see ``Space.from_dict``).
+
+    Args:
+        folder: where methods that are files' (``file.py@name``) are, which then run; None: the space may name none.
 
     Raises:
         SpecError: names the key, the rule and the remedy.
     """
     model = validate(SpaceModel, data, where=where)
-    _check_methods(model, experts, where)
+    _check_methods(model, experts, where, folder)
     for method in model.methods:
         method_params(model, method, where)
     _check_experts(model, experts, where)
@@ -202,10 +213,9 @@ def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, A
 
     A dimension is called like its parameter, and ``METHOD.PARAMETER`` where the method is a choice.
     """
-    from evomerge.methods import METHODS
     from evomerge.methods.base import check_params
 
-    method, several = METHODS[name], not isinstance(model.method, str)
+    method, several = model.found(name).method, not isinstance(model.method, str)
     place = at(where, f"params.{name}" if several else "params")
     values, dimensions = {}, []
     given = model.params_of(name)
@@ -234,8 +244,6 @@ def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, A
 
 def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> dict[str, float]:
     """Expert -> where its weights start."""
-    from evomerge.methods import METHODS
-
     weights, key, first = model.weights, at(where, "weights.initial"), model.methods[0]
     if isinstance(weights.initial, Mapping):
         if weights.granularity == "global":
@@ -254,7 +262,7 @@ def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> di
             )
         initial = {e: float(weights.initial.get(e, weights.fixed.get(e, 0.0))) for e in experts}
     else:
-        value = METHODS[first].weight.default if weights.initial is None else weights.initial
+        value = model.found(first).method.weight.default if weights.initial is None else weights.initial
         initial = dict.fromkeys(experts, float(value))
     for group in weights.tied:
         if len({initial[e] for e in group}) > 1:
@@ -321,19 +329,20 @@ def _legal(label: str, param: Param, value: Any, where: str, method: str) -> Any
         raise SpecError(error.problem, where=where, remedy=error.remedy or f"{label}: {param.meaning}.") from error
 
 
-def _check_methods(model: SpaceModel, experts: Sequence[str], where: str) -> None:
-    from evomerge.methods import METHODS
+def _check_methods(model: SpaceModel, experts: Sequence[str], where: str, folder: Path | None) -> None:
+    from evomerge.methods.lookup import find
 
     if isinstance(model.method, MovingModel) and (
         model.method.choices is None or (model.method.initial or model.methods[0]) not in model.method.choices
     ):
         raise SpecError("choices of methods are needed, and initial must be one of them", where=at(where, "method"))
     for name in model.methods:
-        if name not in METHODS:
-            raise SpecError(
-                f"there is no merge method {name!r}", where=at(where, "method"), remedy=nearest(name, METHODS)
-            )
-        _check_method(name, METHODS[name], model, experts, where)
+        try:
+            found = model._found[name] = find(name, folder)
+        except MethodError as error:
+            place = at(where, "method") + (f": {error.where}" if error.where else "")
+            raise SpecError(error.problem, where=place, remedy=error.remedy) from error
+        _check_method(name, found.method, model, experts, where)
     if isinstance(model.method, MovingModel):
         for name, params in model.params.items():
             if name not in model.methods or not isinstance(params, Mapping | None):
@@ -417,7 +426,9 @@ def _refuse_if_nothing_moves(model: SpaceModel, experts: Sequence[str], where: s
         chosen = [weights.fixed.get(e, draws[label[e]]) for e in experts]
         try:
             sources = [{"probe.weight": base + tau} for tau in taus]
-            result = merge_state_dicts(name, {"probe.weight": base}, sources, weights=chosen, **params)
+            result = merge_state_dicts(
+                model.found(name).method, {"probe.weight": base}, sources, weights=chosen, **params
+            )
         except (UserError, ArithmeticError):
             return
         merged.append(result["probe.weight"])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from evomerge import installed
 from evomerge.errors import SpecError, nearest
 from evomerge.evaluation import TaskSpec
 from evomerge.hub import hub_id
+from evomerge.plugins import EVALUATOR, METHOD, SEARCHER, Kind, names_file, split_reference
 from evomerge.recipe import is_recipe_file
 from evomerge.space_file import SpaceModel, check_space
 from evomerge.validation import Strict, at, plain_mapping, read_yaml, short, validate
@@ -57,12 +59,16 @@ def resolve_file(name: str, folder: Path, kind: Literal["search_spaces", "evalua
     for place in places:
         if place.is_file() and (place == places[0] or place.resolve().is_relative_to(shipped.resolve())):
             return place.resolve()
-    suffix = "*.yaml" if kind == "search_spaces" else "*.py"
-    known = [f"{kind}/{path.name}" for path in shipped.glob(suffix)]
+    known = _shipped_names(kind)
     raise SpecError(
         f"there is no file {name!r}; looked for {' and '.join(str(p.resolve()) for p in places)}",
         remedy=nearest(f"{kind}/{wanted.name}", known) if known else "Check the path.",
     )
+
+
+def _shipped_names(kind: Literal["search_spaces", "evaluators"]) -> list[str]:
+    suffix = "*.yaml" if kind == "search_spaces" else "*.py"
+    return [f"{kind}/{path.name}" for path in _shipped(kind).glob(suffix)]
 
 
 def _shipped(kind: str) -> Path:
@@ -240,7 +246,8 @@ class EvaluateSpec(_Open):
     evaluator: str = Field(
         alias="with",
         min_length=1,
-        description="the evaluator: file.py or file.py@name, beside the experiment file or among those shipped",
+        description="the evaluator: file.py or file.py@name, beside the experiment file or among those shipped; or the "
+        "name of one that an installed package offers",
     )
     tasks: Annotated[dict[str, TaskEntry], BeforeValidator(_null_is_empty)] = Field(
         min_length=1, description="tasks by name; each may have a weight, a metric and options of the evaluator"
@@ -339,6 +346,11 @@ class Spec(Strict):
         return self._space_file
 
     @property
+    def code_folder(self) -> Path | None:
+        """Where methods by path are that the space names; None if it stands in a file, which can make nothing run."""
+        return None if self._space_file else self._folder
+
+    @property
     def space_where(self) -> str:
         """What errors about the space name as its place."""
         return str(self._space_file) if self._space_file else at(_label(self._path), "space")
@@ -399,7 +411,7 @@ class Spec(Strict):
         spec = validate(cls, data, where=where)
         spec._folder, spec._path, spec._space_file = folder, path, space_file
         _check_search(spec, where)
-        check_space(spec.space, list(spec.experts), where=spec.space_where)
+        check_space(spec.space, list(spec.experts), where=spec.space_where, folder=spec.code_folder)
         if check_files:
             _check_files(spec, where)
         return spec
@@ -429,7 +441,7 @@ def json_schema() -> dict[str, Any]:
     definitions.update(space.pop("$defs"))
     definitions["SpaceModel"] = space
     (name,) = [kind for kind in space["properties"]["method"]["anyOf"] if kind.get("type") == "string"]
-    name["enum"] = sorted(METHODS)
+    name["anyOf"] = _names(METHODS, METHOD)
     schema["properties"]["space"] = {
         "anyOf": [{"type": "string"}, {"$ref": "#/$defs/SpaceModel"}],
         "description": schema["properties"]["space"]["description"],
@@ -437,14 +449,21 @@ def json_schema() -> dict[str, Any]:
     task = definitions["EvaluateSpec"]["properties"]["tasks"]["additionalProperties"]
     definitions["EvaluateSpec"]["properties"]["tasks"]["additionalProperties"] = {"anyOf": [task, {"type": "null"}]}
     search = definitions["SearchSpec"]
-    search["properties"]["method"]["enum"] = sorted(SEARCHERS)
+    search["properties"]["method"]["anyOf"] = _names(SEARCHERS, SEARCHER)
     for name, searcher in SEARCHERS.items():
         for key, param in searcher.params.items():
             kind = {int: "integer", float: "number", bool: "boolean"}.get(param.type, "string")
             option = search["properties"].setdefault(key, {"type": kind, "description": ""})
             option["description"] = f"{option['description']} {name}: {param.meaning} {param.range_text()}.".strip()
-    search["additionalProperties"] = False
+    # The options of a searcher that is a plug-in are not known here.
+    own = {"properties": {"method": {"enum": sorted(SEARCHERS)}}}
+    search |= {"if": own, "then": {"propertyNames": {"enum": sorted(search["properties"])}}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _names(own: Iterable[str], kind: Kind) -> list[dict[str, Any]]:
+    """What a plug-in's name may be: evomerge's own, an installed package's, or in a file."""
+    return [{"enum": sorted({*own, *installed.names(kind)})}, {"pattern": r"\.py(@\w+)?$"}]
 
 
 def _label(path: Path | None) -> str:
@@ -456,15 +475,15 @@ def _absolute(name: str, folder: Path) -> Path:
 
 
 def _check_search(spec: Spec, where: str) -> None:
-    from evomerge.searchers import SEARCHERS
     from evomerge.searchers.base import check_options
+    from evomerge.searchers.lookup import find
 
     method, options = spec.search.method, spec.search.options
-    if method not in SEARCHERS:
-        raise SpecError(
-            f"there is no searcher {method!r}", where=at(where, "search.method"), remedy=nearest(method, SEARCHERS)
-        )
-    params = SEARCHERS[method].params
+    try:
+        params = find(method, spec.folder).searcher.params
+    except SpecError as error:
+        place = at(where, "search.method") + (f": {error.where}" if error.where else "")
+        raise SpecError(error.problem, where=place, remedy=error.remedy) from error
     own = list(SearchSpec.model_fields)
     for key, value in options.items():
         place = at(where, f"search.{key}")
@@ -498,14 +517,29 @@ def _check_files(spec: Spec, where: str) -> None:
             where=at(where, key),
             remedy="Give the folder, relative to the experiment file, or a Hugging Face id as org/name@revision.",
         )
-    file, _, _ = spec.evaluate.evaluator.partition("@")
-    try:
-        found = resolve_file(file, spec.folder, "evaluators")
-    except SpecError as error:
-        raise SpecError(error.problem, where=at(where, "evaluate.with"), remedy=error.remedy) from None
-    if found.suffix != ".py":
+    resolve_evaluator(spec, where)
+
+
+def resolve_evaluator(spec: Spec, where: str | None = None) -> str:
+    """The evaluator's file as an absolute path, with ``@name`` kept; or the name of an installed package's evaluator.
+
+    Raises:
+        SpecError: there is no such file, and no package offers that name.
+    """
+    name, key = spec.evaluate.evaluator, at(where or _label(spec.path), "evaluate.with")
+    if names_file(name):
+        file, inner = split_reference(name)
+        try:
+            found = resolve_file(file, spec.folder, "evaluators")
+        except SpecError as error:
+            raise SpecError(error.problem, where=key, remedy=error.remedy) from None
+        return f"{found}@{inner}" if inner else str(found)
+    others = installed.names(EVALUATOR)
+    if name not in others:
         raise SpecError(
-            f"an evaluator is a Python file (.py), but this is {found}",
-            where=at(where, "evaluate.with"),
-            remedy="Write file.py, or file.py@name for one function or class in it.",
+            f"no installed package offers an evaluator {name!r}, and a file's name ends in .py",
+            where=key,
+            remedy="Write file.py, or file.py@name for one function or class in it. "
+            + nearest(name, [*others, *_shipped_names("evaluators")]),
         )
+    return name

@@ -31,6 +31,7 @@ from evomerge.evaluation import (
 from evomerge.folders import find_folder
 from evomerge.merging import Merger, load_resident, written_bytes
 from evomerge.methods.base import InputsChanged
+from evomerge.methods.lookup import load_codes
 from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
 from evomerge.recipe import Recipe
 from evomerge.scratch import check_scratch, remove_stale, written
@@ -61,6 +62,7 @@ class Worker:
         base = open_checkpoint(base_path)
         experts = [open_expert(find_folder(source["path"], beside=spec.folder), base) for source in spec.experts]
         self.sources = Sources(base, experts)
+        load_codes(spec.codes)
         self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
 
         self.evaluator = make_evaluator(spec)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.errors import CheckpointError, MethodError, nearest
+from evomerge.errors import CheckpointError
 from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
 from evomerge.methods.basic import Linear, TaskArithmetic
 from evomerge.methods.chunks import merge_chunks
@@ -33,7 +33,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 
 @torch.no_grad()
 def merge_state_dicts(
-    method: str,
+    method: str | Method,
     base: Mapping[str, Tensor] | None,
     experts: Sequence[Mapping[str, Tensor]],
     *,
@@ -46,7 +46,7 @@ def merge_state_dicts(
     """Merge state dicts in memory.
 
     Args:
-        method: a name in METHODS.
+        method: a name in METHODS or of an installed package's method, or a method itself.
         base: theta_0 by tensor name; None for methods that need no base.
         experts: T mappings with the base's names and shapes. A tensor that *is* the base's has no task vector.
         weights: one an expert; by default each is the method's own (0.3 for task_arithmetic, 1 for ties, ...).
@@ -64,11 +64,13 @@ def merge_state_dicts(
         MethodError: an unknown method, an illegal parameter or weight, a number of experts the method does not take.
         CheckpointError: an expert lacks a tensor, has one too many, or has one of another shape.
     """
-    if method not in METHODS:
-        raise MethodError(f"there is no method {method!r}", remedy=nearest(method, METHODS))
-    merger = METHODS[method]
+    merger = METHODS.get(method) if isinstance(method, str) else method
+    if merger is None:
+        from evomerge.methods.lookup import find
+
+        merger = find(str(method)).method
     check_experts(merger, base is not None, len(experts))
-    values = check_params(method, merger, params)
+    values = check_params(merger.name, merger, params)
     chosen = check_weights(merger, [merger.weight.default] * len(experts) if weights is None else weights, len(experts))
     first = experts[0] if base is None else base
     for t, expert in enumerate(experts):

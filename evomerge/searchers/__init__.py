@@ -38,8 +38,10 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
 }
 
 
-def make(name: str, space: Space, seed: int = 0, starts: Sequence[Point] = (), **options: Any) -> Searcher:
-    """The searcher called ``name`` on ``space``.
+def make(
+    name: str | type[Searcher], space: Space, seed: int = 0, starts: Sequence[Point] = (), **options: Any
+) -> Searcher:
+    """The searcher called ``name`` (one of SEARCHERS), or of that class, on ``space``.
 
     Args:
         options: the searcher's own, and ``num_objectives``.
@@ -48,6 +50,6 @@ def make(name: str, space: Space, seed: int = 0, starts: Sequence[Point] = (), *
         SpecError: no such searcher, an unknown option, a value outside its legal range, or more objectives than it
             takes.
     """
-    if name not in SEARCHERS:
+    if isinstance(name, str) and name not in SEARCHERS:
         raise SpecError(f"there is no searcher {name!r}", remedy=nearest(name, SEARCHERS))
-    return SEARCHERS[name](space, seed=seed, starts=starts, **options)
+    return (SEARCHERS[name] if isinstance(name, str) else name)(space, seed=seed, starts=starts, **options)

@@ -1,30 +1,42 @@
-"""What every evaluator must hold, as tests that a plug-in's author inherits.
+"""What every evaluator must hold, as tests that a plug-in's author inherits::
 
     class TestMine(EvaluatorContract):
-        @pytest.fixture
-        def case(self, ...):
-            return EvaluatorCase(make=lambda: load_evaluator("mine.py", context), target=Target(model, tokenizer),
-                                 split={"search": 8, "select": 8, "test": 8})
+        evaluator = "mine.py@score"  # beside the test
+        tasks = {"one": {}}
 
-Give it a batch size smaller than a split, so that a split has several batches. For an evaluator that needs a checkpoint
+It is tried on a tiny Llama of random weights. Another model, or data made by fixtures: override the fixture ``case``,
+with a batch size smaller than a split, so that a split has several batches. For an evaluator that needs a checkpoint,
 the target names a folder: ``Target(checkpoint=folder)``; every evaluation gets a scratch folder of its own.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import random
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from evomerge.evaluation import Evaluator, Item, Outcome, Target, assign_splits, check_outcomes, task_scores
+from evomerge.evaluation import (
+    Evaluator,
+    EvaluatorContext,
+    Item,
+    Outcome,
+    Target,
+    TaskSpec,
+    assign_splits,
+    check_outcomes,
+    load_evaluator,
+    task_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,16 @@ def _evaluate(evaluator: Evaluator, target: Target, ids: list[str]) -> list[Outc
         return evaluator.evaluate(replace(target, scratch=Path(scratch)), ids)
 
 
+@functools.cache
+def _tiny_target(folder: Path) -> Target:
+    from evomerge.merging import load_resident
+    from evomerge.testing import tiny
+
+    base = tiny.save_model(folder / "evaluated", tiny.llama_config(), seed=0)
+    model = load_resident(base, auto_class="AutoModelForCausalLM", compute_dtype="float32")
+    return Target(model, tiny.tokenizer())
+
+
 def _outcomes(evaluator: Evaluator, target: Target, ids: list[str]) -> dict[str, Outcome]:
     outcomes = _evaluate(evaluator, target, ids)
     check_outcomes(outcomes, ids)
@@ -58,11 +80,23 @@ def _outcomes(evaluator: Evaluator, target: Target, ids: list[str]) -> dict[str,
 
 
 class EvaluatorContract:
-    """Inherit and provide the fixture ``case``."""
+    """Inherit and name ``evaluator`` and ``tasks``, as an experiment would, or provide the fixture ``case``."""
+
+    evaluator: ClassVar[str]
+    tasks: ClassVar[Mapping[str, Mapping[str, Any]]]  # name -> its options, weight and metric
+    options: ClassVar[Mapping[str, Any]] = {}
+    split: ClassVar[Mapping[str, Any]] = {"search": 8, "select": 8, "test": 8}
 
     @pytest.fixture
-    def case(self) -> EvaluatorCase:
-        raise NotImplementedError("provide the fixture `case`")
+    def case(self, tmp_path_factory: pytest.TempPathFactory) -> EvaluatorCase:
+        folder = Path(inspect.getfile(type(self))).parent
+        tasks = {}
+        for name, entry in self.tasks.items():
+            options = {key: value for key, value in entry.items() if key not in ("weight", "metric")}
+            tasks[name] = TaskSpec(name, entry.get("weight", 1.0), entry.get("metric"), options)
+        context = EvaluatorContext(folder, tasks, self.options, batch_size=3)
+        target = _tiny_target(tmp_path_factory.getbasetemp())
+        return EvaluatorCase(lambda: load_evaluator(self.evaluator, context), target, self.split)
 
     def test_loading_twice_gives_the_same_items(self, case: EvaluatorCase) -> None:
         assert case.make().load() == case.make().load()
