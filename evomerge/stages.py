@@ -37,7 +37,7 @@ def stages(recipe: Recipe, name: str = "") -> dict[str, tuple[str, Recipe]]:
 
 def kept_folder(stage_hash: str) -> Path:
     """Where a stage is kept for studies: by the hash of its recipe, under EVOMERGE_CACHE or ~/.cache/evomerge."""
-    return cache_folder() / "stages" / stage_hash
+    return (cache_folder() / "stages" / stage_hash).absolute()
 
 
 def placed(recipe: Recipe, folder_of: FolderOf = kept_folder) -> Recipe:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from evomerge import database as db
+from evomerge.dimensions import Dimension
+from evomerge.pools import WorkerSpec
 from evomerge.validation import Strict
 
 FORMAT = 1
@@ -78,6 +81,54 @@ class _Event(Strict):
     kind: Literal["ask", "tell"]
     n: Count
     time: float
+
+
+class _More(BaseModel):
+    """A part of the record: later versions may say more than is read here."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Experiment(_More):
+    name: str
+    base: str
+    experts: dict[str, str]
+
+
+class _Metric(_More):
+    metric: str
+    item_mean: bool
+
+
+class _Round(_More):
+    trials: Count
+    winner: str
+
+
+class Record(_More):
+    """What every reader of a study's record relies on."""
+
+    spec: _Experiment
+    folder: str
+    fingerprint: dict[str, str]
+    libraries: dict[str, str]
+    worker: dict[str, Any]
+    metrics: dict[str, _Metric]
+    dimensions: list[dict[str, Any]]
+    budget: Count
+    rounds: list[_Round]
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Record:
+        try:
+            WorkerSpec.from_dict(self.worker)
+            for dimension in self.dimensions:
+                Dimension.from_dict(dimension)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise PydanticCustomError(
+                "record", "worker and dimensions must be as evomerge writes them: {error}", {"error": str(error)}
+            ) from None
+        return self
 
 
 class Head(Strict):

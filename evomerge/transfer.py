@@ -31,8 +31,8 @@ from evomerge.json_stream import JsonStream
 from evomerge.progress import Progress
 from evomerge.spec import NAME
 from evomerge.store import Store
-from evomerge.study_file import FORMAT, HEAD, SECTIONS, Check, Head, Section
-from evomerge.validation import validate
+from evomerge.study_file import FORMAT, HEAD, SECTIONS, Check, Head, Record, Section
+from evomerge.validation import at, validate
 from evomerge.writing import sync, umask
 
 BATCH = 500  # rows that are read or written at a time
@@ -132,7 +132,7 @@ def load(file: Path, url: str | Path, *, name: str | None = None, progress: Prog
         if there is None:
             return _insert(connection, file, wanted, progress or Progress())
         with _reading(file) as stream:  # our own commit, whose answer was lost?
-            if first or there.record != _record(stream, *_head(stream, str(file)), wanted):
+            if first or there.record != _record(stream, *_head(stream, str(file)), wanted, str(file)):
                 raise taken
         return there.id
 
@@ -151,7 +151,7 @@ def _insert(connection: sa.Connection, file: Path, wanted: str, progress: Progre
     """All rows of the file; returns the study's id."""
     with _reading(file) as stream, progress.stage("reading", file.stat().st_size, unit="B") as stage:
         keys, head = _head(stream, str(file))
-        study = {"name": wanted, "record": _record(stream, keys, head, wanted), "created": head.created}
+        study = {"name": wanted, "record": _record(stream, keys, head, wanted, str(file)), "created": head.created}
         connection.execute(sa.insert(db.studies).values(study))
         study_id = connection.execute(sa.select(db.studies.c.id).where(db.studies.c.name == wanted)).scalar_one()
         check = Check()
@@ -177,11 +177,12 @@ def _insert(connection: sa.Connection, file: Path, wanted: str, progress: Progre
     return study_id
 
 
-def _record(stream: JsonStream, keys: Iterator[str], head: Head, wanted: str) -> str:
+def _record(stream: JsonStream, keys: Iterator[str], head: Head, wanted: str, where: str) -> str:
     """The record of the study's experiment, under the name that the study is to have."""
-    record = stream.value() if next(keys, None) == "record" else None
-    if not isinstance(record, dict) or not isinstance(record.get("spec"), dict):
+    if next(keys, None) != "record":
         raise ValueError("the record of the study's experiment is missing")
+    record = stream.value()
+    validate(Record, record, where=at(where, "record"))
     if wanted != head.name:
         record["spec"]["name"] = wanted
     return _line(record)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,21 @@ from evomerge.dimensions import Dimension
 from evomerge.errors import StudyError
 from evomerge.evaluation import Outcome
 from evomerge.json_stream import JsonStream
+from evomerge.pools import WorkerSpec
 from evomerge.store import Store
 from evomerge.study_file import SECTIONS
 from evomerge.transfer import dump, load
 
+WORKER = WorkerSpec(
+    folder="/x", base={"name": "base", "path": "b", "sha256": ""}, experts=({"name": "e", "path": "e", "sha256": ""},),
+    evaluator="/x/e.py", tasks={}, options={}, splits={}, batch_size=1, seed=0, export_dtype="float32",
+    compute_dtype="float32", device="cpu", threads=1, fixed_params={},
+)  # fmt: skip
+FULL = {
+    "spec": {"name": "s", "base": "b", "experts": {"e": "e"}}, "folder": "/x", "fingerprint": {"seed": "0"},
+    "libraries": {}, "worker": WORKER.to_dict(), "metrics": {"add": {"metric": "acc", "item_mean": True}},
+    "rounds": [{"trials": 6, "winner": "trial:1", "time": 1.5}], "budget": 30,
+}  # fmt: skip
 DIMENSIONS = [
     *RECORD["dimensions"],
     Dimension("word", 0, 1, "a", choices=("a", "b")).to_dict(),
@@ -37,7 +49,7 @@ DIMENSIONS = [
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trials of all states, two versions of the items, evaluations with weights and items of their own, attempts."""
     path = tmp_path_factory.mktemp("transfer") / "first.db"
-    record = {**RECORD, "note": "ä \u2028 \x00 1e400", "dimensions": DIMENSIONS}
+    record = {**FULL, "note": "ä \u2028 \x00 1e400", "dimensions": DIMENSIONS}
     store = Store.create(f"sqlite:///{path}", "s", record, items=ITEMS)
     with store.lock():
         search_on(store, 6)
@@ -112,6 +124,25 @@ def test_other_tools_can_read_it(study: Store, tmp_path: Path):
     assert rows(load(tmp_path / "pretty.json", tmp_path / "b.db")) == rows(study)
 
 
+def test_a_study_that_is_being_written_is_dumped_in_one_state(tmp_path: Path):
+    """Dumps taken while a driver adds trials can be loaded: each has all that its last rows refer to."""
+    store = Store.create(f"sqlite:///{tmp_path / 'live.db'}", "s", {**FULL, "dimensions": DIMENSIONS}, items=ITEMS)
+
+    def drive() -> None:
+        with store.lock():
+            search_on(store, 30)
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    reader, seen = Store.open(store.url, "s"), []
+    while driver.is_alive():
+        again = load(dump(reader, tmp_path / f"{len(seen)}.json"), tmp_path / f"{len(seen)}.db")
+        seen.append(len(again.trials()))
+        assert len(again.evaluations()) >= sum(trial.state != "running" for trial in again.trials())
+    driver.join()
+    assert len(set(seen)) > 2  # it was being written
+
+
 def test_names(study: Store, tmp_path: Path):
     file = dump(study, tmp_path / "s.json")
     before = rows(study)
@@ -162,7 +193,14 @@ WRONG = [
     ("name", "", "name"),
     ("created", "now", "created"),
     ("record", [], "record"),
-    ("record.spec", 3, "record"),
+    ("record.spec", 3, "record.spec"),
+    ("record.spec.base", KeyError, "'base' is missing"),
+    ("record.folder", KeyError, "'folder' is missing"),
+    ("record.worker", {"threads": 1}, "worker and dimensions"),
+    ("record.dimensions", [{"name": "x"}], "worker and dimensions"),
+    ("record.metrics.add.item_mean", "yes", "item_mean"),
+    ("record.rounds.0.winner", None, "winner"),
+    ("record.budget", "many", "budget"),
     ("more", 1, "more than a study"),
     ("events", KeyError, "events are missing"),
     ("items.1.position", 5, "out of order"),
