@@ -314,10 +314,15 @@ class Sources:
     """A base and its experts, read side by side under the base's names.
 
     Without a base (methods that need none) the first expert, which must be dense, gives names, shapes and the rest.
+
+    Attributes:
+        kept: copies of dense tensors, by expert (-1 for the base) and name, that merges read instead of the files: see
+            ``evomerge.keeping``.
     """
 
     def __init__(self, base: Checkpoint | None, experts: Sequence[Checkpoint | Adapter]):
         self.base, self.experts = base, list(experts)
+        self.kept: dict[tuple[int, str], Tensor] = {}
         reference = base if base is not None else self.experts[0]
         if not isinstance(reference, Checkpoint):
             raise CheckpointError(f"{reference.path} is an adapter and cannot be used without its base")
@@ -338,11 +343,14 @@ class Sources:
         """True if an expert comes as LowRank here when ``load`` is asked for factors."""
         return any(not isinstance(e, Checkpoint) and e.low_rank(name) and e.full(name) is None for e in self.experts)
 
-    def load(self, name: str, factors: bool = False) -> tuple[TensorInfo, Tensor | None, list[Tensor | LowRank]]:
+    def load(
+        self, name: str, factors: bool = False, *, kept: bool = False
+    ) -> tuple[TensorInfo, Tensor | None, list[Tensor | LowRank]]:
         """(info, base, experts) of one whole tensor.
 
-        Base and dense experts come in their storage dtype, mapped. A LoRA expert comes as base + tau in the arithmetic
-        dtype, or as LowRank with ``factors``. An expert that leaves the tensor alone is the very base object.
+        Base and dense experts come in their storage dtype, mapped, or with ``kept`` from where they are kept. A LoRA
+        expert comes as base + tau in the arithmetic dtype, or as LowRank with ``factors``. An expert that leaves the
+        tensor alone is the very base object.
         """
         base = None if self.base is None else self.base.tensor(name)
         views = [self._view(expert, name, base) for expert in self.experts]
@@ -358,6 +366,13 @@ class Sources:
                 for start, stop in grid(whole.numel()):  # as in chunks: the same bits
                     whole.view(-1)[start:stop] = view.slice(start, stop, dtype, scratch)
                 loaded.append(whole)
+        if kept:
+            copy = base if base is None else self.kept.get((-1, name), base)
+            experts: list[Any] = [
+                copy if full is base else self.kept.get((t, name), full) if view.low_rank is None else full
+                for t, (view, full) in enumerate(zip(views, loaded, strict=True))
+            ]
+            return self.info(name), copy, experts
         return self.info(name), base, loaded
 
     def chunks(
@@ -365,17 +380,22 @@ class Sources:
     ) -> Iterator[tuple[TensorInfo, Tensor | None, list[Tensor]]]:
         """(info with its start, base, experts): flat slices of one tensor, in order, in the arithmetic dtype.
 
-        The slices depend on the tensor's shape alone. On the CPU their memory is used again for the next ones.
+        The slices depend on the tensor's shape alone. Their memory is used again for the next ones.
 
         Args:
             device: where the slices are wanted.
             skip: the experts to leave at the base, if there is one.
         """
-        base = None if self.base is None else View(self.base.tensor(name))
-        views = [self._view(expert, name, base and base.full) for expert in self.experts]
+        base = None if self.base is None else View(self.base.tensor(name), kept=self.kept.get((-1, name)))
+        views = [
+            self._view(expert, name, base and base.full, self.kept.get((t, name)))
+            for t, expert in enumerate(self.experts)
+        ]
         dtype = arithmetic_dtype(base and base.full, *(view.full for view in views))
         leave = [skipped and base is not None for skipped in skip] or [False] * len(views)
-        info, scratch = self.info(name), [_Scratch(dtype) for _ in range(len(views) + 1)]
+        info = self.info(name)
+        on_cpu = [view.low_rank is not None for view in views]
+        scratch = [_Scratch(dtype, "cpu" if here else device) for here in [*on_cpu, False]]
         for start, stop in grid(self.reference.numel(name)):
             piece = None if base is None else base.slice(start, stop, dtype, scratch[-1]).to(device)
             experts = [
@@ -387,15 +407,15 @@ class Sources:
             yield replace(info, start=start), piece, experts
 
     @staticmethod
-    def _view(expert: Checkpoint | Adapter, name: str, base: Tensor | None) -> View:
+    def _view(expert: Checkpoint | Adapter, name: str, base: Tensor | None, kept: Tensor | None = None) -> View:
         if isinstance(expert, Checkpoint):
             if name in expert or base is None:
-                return View(expert.tensor(name))
+                return View(expert.tensor(name), kept=kept)
             return View(base)  # a computed buffer that this expert's file leaves out
         if base is None:
             raise CheckpointError(f"{expert.path} is an adapter and cannot be used without its base")
         full = expert.full(name)
-        return View(base if full is None else full, expert.low_rank(name))
+        return View(base if full is None else full, expert.low_rank(name), kept=kept)
 
     def __iter__(self) -> Iterator[tuple[TensorInfo, Tensor | None, list[Any]]]:
         """All float tensors, whole, as ``load`` gives them; may be iterated again and again.
@@ -419,21 +439,22 @@ def grid(numel: int) -> Iterator[tuple[int, int]]:
 class _Scratch:
     """Memory that slice after slice is written to: it stays in the core's cache, and no page is touched anew."""
 
-    def __init__(self, dtype: torch.dtype):
-        self._memory = torch.empty(0, dtype=dtype)
+    def __init__(self, dtype: torch.dtype, device: str = "cpu"):
+        self.device = device
+        self._memory = torch.empty(0, dtype=dtype, device=device)
 
     def take(self, numel: int) -> Tensor:
         if self._memory.numel() < numel:
-            self._memory = torch.empty(numel, dtype=self._memory.dtype)
+            self._memory = torch.empty(numel, dtype=self._memory.dtype, device=self.device)
         return self._memory[:numel]
 
 
 class View:
-    """One expert's tensor: ``full``, plus scaling B A if it is low-rank."""
+    """One expert's tensor: ``full``, plus scaling B A if it is low-rank. ``kept``: a copy to read ``full`` from."""
 
-    def __init__(self, full: Tensor, low_rank: LowRank | None = None):
+    def __init__(self, full: Tensor, low_rank: LowRank | None = None, *, kept: Tensor | None = None):
         self.full, self.low_rank = full, low_rank
-        self._flat = full.reshape(-1)
+        self._flat = (full if kept is None else kept).reshape(-1)
         self._factors: tuple[Tensor, Tensor] | None = None
 
     def is_plain(self, base: Tensor | None) -> bool:
@@ -443,10 +464,11 @@ class View:
     def slice(self, start: int, stop: int, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
         """Entries [start, stop) of the flat tensor in ``dtype``; only to be read, and only until the next slice.
 
-        B A is multiplied for the rows that they lie in, in ``dtype``, and never rounded further.
+        They come on the device of ``scratch``, which must be the CPU for a low-rank expert: B A is multiplied there,
+        for the rows that they lie in, in ``dtype``, and never rounded further.
         """
         if self.low_rank is None:
-            part = self._flat[start:stop]
+            part = self._flat[start:stop].to(scratch.device, non_blocking=True)  # narrow first, then cast: less to move
             return part if part.dtype == dtype else scratch.take(stop - start).copy_(part)
         if self._factors is None:
             # Copies, because a product's last bits may depend on the alignment of what it reads.

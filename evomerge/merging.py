@@ -232,7 +232,7 @@ class Merger:
             for part, base, experts in sources.chunks(name, device=self.device, skip=skip):
                 yield method.merge(base, experts, info=part, **call, **params).reshape(-1).to(plan.dtype)
             return
-        _, base, experts = sources.load(name, factors=factors)
+        _, base, experts = sources.load(name, factors=factors, kept=True)
         base, experts = _on_device(self.device, base, experts)
         for _, whole in merge_chunks(method, base, experts, info=info, params=params, **call):
             for start, stop in grid(whole.numel()):  # a piece may be the whole tensor

@@ -18,6 +18,7 @@ from evomerge.dimensions import Point
 from evomerge.errors import CheckpointError, EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.hub import pin
+from evomerge.keeping import refuse_pinned
 from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
 from evomerge.methods.lookup import permit
 from evomerge.plugins import EVALUATOR, Code, code_files, hash_files, names_file
@@ -115,6 +116,7 @@ def build_plan(
     """
     count = workers or spec.workers.count
     device = check_device(spec.workers.device, spec.workers.gpus)
+    refuse_pinned(spec.workers.sources, device)
     if (address or spec.workers.address) is None:
         check_local_gpus(count, spec.workers.gpus)
 
@@ -174,6 +176,9 @@ def build_plan(
         device=device,
         threads=spec.workers.threads,
         fixed_params=space.fixed_params,
+        sources=spec.workers.sources,
+        gpus=spec.workers.gpus,
+        count=count,
         scratch=scratch,
         codes={name: code.to_dict() for name, code in space.codes.items()},
     )

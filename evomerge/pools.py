@@ -47,6 +47,9 @@ class WorkerSpec:
     device: str = "cpu"  # cpu, cuda, or cuda:N
     threads: int = 1
     fixed_params: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by method: what no candidate changes
+    sources: str = "mmap"  # where base and experts are kept: mmap, pinned, device, auto (see keeping.py)
+    gpus: float = 0.0  # the share of a GPU that is this worker's
+    count: int = 1  # how many workers may share its machine
     scratch: str = ""  # where an evaluator's checkpoints are written; "": the system's temporary folder
     codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by method that is a plug-in: plugins.Code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import yaml
 from evomerge.errors import MethodError, StudyError, UserError
 from evomerge.exporting import merged_bytes
 from evomerge.folders import find_folder
+from evomerge.keeping import dense_bytes
 from evomerge.launch import Options, storage_of
 from evomerge.leaderboard import find_winner
+from evomerge.merging import written_bytes
 from evomerge.planning import Plan
 from evomerge.progress import clock, size
 from evomerge.recipe import Recipe
@@ -173,12 +176,26 @@ def describe_plan(plan: Plan, options: Options) -> str:
         f"then up to {controls + top + 1} on select and {controls + 1} on test: {total} items in all",
         f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
         *([f"note         {idle}"] if (idle := idle_workers(plan, count)) else []),
-        f"memory       about {size(resident)} a worker for the model ({spec.compute_dtype}); sources are memory-mapped",
+        f"memory       {_memory(plan, resident)}",
         f"disk         {size(free)} free; an export takes about {size(base.total_bytes)}",
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",
         "nothing was written",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _memory(plan: Plan, resident: int) -> str:
+    """What a worker holds: its model, unless the evaluator asks for candidates on disk, and perhaps sources."""
+    spec = plan.spec
+    if plan.evaluator.needs == "model":
+        model = f"about {size(resident)} a worker for the model ({spec.compute_dtype})"
+    else:
+        written = size(written_bytes(plan.sources, spec.export_dtype))
+        place = spec.scratch_path or tempfile.gettempdir()
+        model = f"no model in the workers; a candidate takes {written} in {place} while it is evaluated"
+    wanted = spec.workers.sources
+    kept = "are memory-mapped" if wanted == "mmap" else f"({size(dense_bytes(plan.sources))}) kept as {wanted}"
+    return f"{model}; sources {kept}"
 
 
 def stopped_after(spec: Spec, options: Options, typed: str) -> str:

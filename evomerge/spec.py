@@ -279,6 +279,11 @@ class WorkersSpec(Strict):
     device: Literal["cpu", "cuda", "auto"] = Field(
         default="auto", description="where models run; auto: cuda where a worker has a GPU, else cpu"
     )
+    sources: Literal["mmap", "pinned", "device", "auto"] = Field(
+        default="mmap",
+        description="where each worker keeps base and experts: mmap (the files, shared by all), pinned (a copy in "
+        "page-locked memory), device (a copy where it merges), or auto",
+    )
     scratch: str | None = Field(
         default=None,
         min_length=1,

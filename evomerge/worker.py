@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evomerge.checkpoints import Sources, open_checkpoint, open_expert
+from evomerge.checkpoints import Sources, Unbuilt, open_checkpoint, open_expert
 from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, ResourceError, UserError
 from evomerge.evaluation import (
     Evaluator,
@@ -29,7 +29,8 @@ from evomerge.evaluation import (
     load_evaluator,
 )
 from evomerge.folders import find_folder
-from evomerge.merging import Merger, load_resident, written_bytes
+from evomerge.keeping import choose, dense_bytes, keep, rooms
+from evomerge.merging import Merger, load_resident, torch_dtype, written_bytes
 from evomerge.methods.base import InputsChanged
 from evomerge.methods.lookup import load_codes
 from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
@@ -67,6 +68,7 @@ class Worker:
 
         self.evaluator = make_evaluator(spec)
         self.items = self._load_items()
+        keep(self.sources, self._place(), spec.device)
         self.target: Target | None = None
         if self.evaluator.needs == "model":
             model = load_resident(
@@ -84,6 +86,21 @@ class Worker:
             self.evaluator.prepare(self.target, list(self.items.values()))
         if self.target is not None:
             self.merger.adopt(self.target.model)  # after prepare, which may have given it to accelerate
+
+    def _place(self) -> str:
+        """Where the sources are to be kept, ``auto`` resolved by what this machine has free."""
+        spec, base = self.spec, self.sources.reference
+        device_room, ram = rooms(spec.device, spec.gpus)
+        return choose(
+            spec.sources,
+            spec.device,
+            sources=dense_bytes(self.sources),
+            model=Unbuilt(base, torch_dtype(spec.compute_dtype)).total_bytes,
+            device_room=device_room,
+            ram=ram,
+            workers=spec.count,
+            engine=self.evaluator.needs == "checkpoint",
+        )
 
     def _load_items(self) -> dict[str, Item]:
         """The study's items by id, with their splits; EvaluatorError if one is gone."""
