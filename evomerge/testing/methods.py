@@ -96,6 +96,9 @@ class MethodContract:
             # Widening is exact, so merging the widened tensors is the same merge.
             same = self.merge(base.to(wide), [expert.to(wide) for expert in experts], **params)
             assert torch.equal(merged, same)
+            narrow = {torch.float64: torch.float32, torch.float32: torch.bfloat16}.get(dtype)
+            if narrow and not any(torch.equal(merged, tensor) for tensor in (base, *experts)):
+                assert not torch.equal(merged, merged.to(narrow).to(wide)), f"no more digits than {narrow} has"
 
     def test_mixed_dtypes(self) -> None:
         base, experts = make_tensors((9, 11), self.num_experts(), dtype=torch.bfloat16)
@@ -106,9 +109,11 @@ class MethodContract:
     def test_inputs_are_neither_changed_nor_returned(self) -> None:
         base, experts = make_tensors((5, 8), self.num_experts())
         before = [tensor.clone() for tensor in (base, *experts)]
-        one_hot = [1.0, *[0.0] * (len(experts) - 1)]
+        tried = [self.weights(len(experts)), [1.0, *[0.0] * (len(experts) - 1)]]
+        if self.zero_weights_give_base:
+            tried.append([0.0] * len(experts))
         for params in self.all_settings():
-            for weights in (self.weights(len(experts)), one_hot):
+            for weights in tried:
                 merged = self.merge(base, experts, weights=weights, **params)
                 merged.fill_(math.nan)
                 assert all(torch.equal(*pair) for pair in zip((base, *experts), before, strict=True))

@@ -382,6 +382,19 @@ class SearcherContract:
             assert sum(recommended.values()) < 7.5  # of 12; most samples around it would fail further on
             make_space().decode(recommended)
 
+    @pytest.mark.parametrize(("bad", "seed"), [(None, 0), (math.nan, 1)], ids=str)
+    def test_failures_do_not_attract(self, bad: float | None, seed: int):
+        """Near one end of the space every evaluation fails. (Drawn uniformly, 0.4 of the points would.)"""
+        if self.improves_within is None:
+            pytest.skip("this searcher does not learn")
+
+        def score(point: Point) -> float | None:
+            return bad if sum(point.values()) > 6.3 else smooth(point)
+
+        study = self.study(score, space=make_space(), seed=seed, workers=2).run(min(40, self.improves_within))
+        later = [study.results[n] for n in range(len(study.points) // 2, len(study.points))]
+        assert sum(not told.usable for told in later) <= 0.2 * len(later)
+
     def test_pruned_is_told_without_a_score(self):
         searcher = self.make()
         for n in range(self.trials(self.budget)):
