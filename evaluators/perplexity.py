@@ -1,4 +1,4 @@
-"""How well a language model predicts texts, in bits per byte: for tasks that are corpora.
+"""How well a language model predicts texts, in bits per byte or as perplexity: for tasks that are corpora.
 
     evaluate:
       with: evaluators/perplexity.py
@@ -11,8 +11,13 @@ Items are paragraphs of a file (blank lines part them; ``unit: line`` or ``unit:
 
 The metric ``neg_bits_per_byte`` is log2 of a text's probability over its bytes in UTF-8: below 0, higher is better. A
 task's score is that of all its texts together (each weighs as many as it has bytes), so that models with other tokens
-can be compared. exp2 of (-score x bytes per token) is the perplexity of a token. A text longer than the model's
-context is predicted in windows, as lm-evaluation-harness does (``loglikelihood_rolling``).
+can be compared. A text longer than the model's context is predicted in windows, as lm-evaluation-harness does
+(``loglikelihood_rolling``).
+
+Three more metrics (``metric: neg_perplexity``) are perplexities, below 0 so that higher is better: -exp(N / n), where N
+is the negative log-likelihood of all texts of the task together and n the number of their tokens (``neg_perplexity``),
+words (``neg_word_perplexity``) or bytes (``neg_byte_perplexity``). No mean over texts gives that number, so their
+intervals are bootstrapped over texts. They order models as N does, but a few hard texts move them more than bits.
 """
 
 from __future__ import annotations
@@ -28,8 +33,15 @@ from typing import Any
 from evomerge import Evaluator, EvaluatorContext, EvaluatorError, Item, Outcome, Questionnaire, Target, TaskSpec
 
 METRIC = "neg_bits_per_byte"
+PERPLEXITIES = {"neg_perplexity": "tokens", "neg_word_perplexity": "words", "neg_byte_perplexity": "bytes"}
+LARGEST = 700.0  # nats a token: exp of more is no number, and a merge that bad is still to have a rank
 UNITS = {"paragraph": re.compile(r"\n\s*\n"), "line": re.compile(r"\n"), "file": None}
 OPTIONS = ("file", "unit", "dataset", "column", "limit")
+
+
+def neg_perplexity(loglikelihood: float, count: float) -> float:
+    """-exp of the mean negative log-likelihood (in nats) of ``count`` tokens, words or bytes."""
+    return -math.exp(min(-loglikelihood / count, LARGEST))
 
 
 class Perplexity(Evaluator):
@@ -69,14 +81,37 @@ class Perplexity(Evaluator):
             wanted = [i for i in item_ids if (self._items[i].task, self._items[i].split or "") == key]
             if wanted:
                 found |= {i: answers[0] for i, answers in questions.answers(target.model, wanted).items()}
-        outcomes = []
-        for item_id in item_ids:
-            size = len(self._items[item_id].data["text"].encode())
-            outcomes.append(Outcome(item_id, {METRIC: found[item_id] / math.log(2) / size}, weight=float(size)))
-        return outcomes
+        return [self._outcome(self._items[item_id], found[item_id]) for item_id in item_ids]
+
+    def _outcome(self, item: Item, loglikelihood: float) -> Outcome:
+        """What one text's log-likelihood in nats comes to, with what a perplexity of many texts is made of."""
+        text = item.data["text"]
+        size = float(len(text.encode()))
+        values = {
+            METRIC: loglikelihood / math.log(2) / size,
+            "loglikelihood": loglikelihood,
+            "tokens": float(self._questions[item.task, item.split or ""].num_tokens(item.id)),
+            "words": float(len(re.split(r"\s+", text))),  # as lm-evaluation-harness counts them
+            "bytes": size,
+        }
+        metric = self.metric(item.task)
+        if metric in PERPLEXITIES:
+            values[metric] = neg_perplexity(loglikelihood, values[PERPLEXITIES[metric]])
+        return Outcome(item.id, values, weight=size)
 
     def default_metric(self, task: str) -> str:
         return METRIC
+
+    def is_item_mean(self, task: str) -> bool:
+        return self.metric(task) not in PERPLEXITIES
+
+    def aggregate(self, task: str, outcomes: Sequence[Outcome]) -> float:
+        """The weighted mean of bits per byte, or the perplexity of all texts together."""
+        if self.is_item_mean(task):
+            return super().aggregate(task, outcomes)
+        unit = PERPLEXITIES[self.metric(task)]
+        total = math.fsum(o.values["loglikelihood"] for o in outcomes)
+        return neg_perplexity(total, math.fsum(o.values[unit] for o in outcomes))
 
     def fingerprint(self) -> dict[str, str]:
         """This file, and the texts."""
@@ -123,5 +158,7 @@ class Perplexity(Evaluator):
             raise EvaluatorError("exactly one of file and dataset must be given", where=where)
         if task.options.get("unit", "paragraph") not in UNITS:
             raise EvaluatorError(f"unit is one of {', '.join(UNITS)}", where=f"{where}.unit")
-        if task.metric not in (None, METRIC):
-            raise EvaluatorError(f"the only metric is {METRIC}, but the task asks for {task.metric!r}", where=where)
+        known = (METRIC, *PERPLEXITIES)
+        if task.metric not in (None, *known):
+            remedy = f"Choose one of: {', '.join(known)}."
+            raise EvaluatorError(f"there is no metric {task.metric!r}", where=f"{where}.metric", remedy=remedy)

@@ -83,6 +83,11 @@ class Questionnaire:
             for request in requests
         ]
 
+    def num_tokens(self, item_id: str) -> int:
+        """How many tokens of an item are predicted: those of its continuations, over all its requests."""
+        pieces = [piece for request in self._pieces[item_id] for piece in request]
+        return sum(len(self._questions[key].continuations[index]) for key, index in pieces)
+
     def answers(self, model: Any, item_ids: Iterable[str]) -> dict[str, list[Any]]:
         """The answers to each item's requests, in order, as lm-eval's models give them.
 

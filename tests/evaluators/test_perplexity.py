@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evomerge.errors import EvaluatorError
-from evomerge.evaluation import EvaluatorContext, Target, TaskSpec, load_evaluator, task_scores
+from evomerge.evaluation import EvaluatorContext, Outcome, Target, TaskSpec, load_evaluator, task_scores
 from evomerge.testing.evaluators import EvaluatorCase, EvaluatorContract
 
 PERPLEXITY = Path(__file__).parents[2] / "evaluators" / "perplexity.py"
@@ -46,8 +46,8 @@ def folder(tmp_path: Path) -> Path:
 NEWS = {"dataset": {"path": "json", "data_files": "news.jsonl"}, "column": "body"}
 
 
-def make(folder: Path, **tasks: dict):
-    specs = {name: TaskSpec(name, options=options) for name, options in tasks.items()}
+def make(folder: Path, metric: str | None = None, **tasks: dict):
+    specs = {name: TaskSpec(name, metric=metric, options=options) for name, options in tasks.items()}
     return load_evaluator(str(PERPLEXITY), EvaluatorContext(folder, specs, batch_size=4))
 
 
@@ -100,6 +100,50 @@ def test_a_score_is_that_of_all_texts_together(folder: Path, target: Target):
     assert score < 0
 
 
+class TestNegatedPerplexity(EvaluatorContract):
+    @pytest.fixture
+    def case(self, folder: Path, target: Target) -> EvaluatorCase:
+        return EvaluatorCase(lambda: make(folder, "neg_perplexity", law={"file": "law.txt"}, news=NEWS), target, SPLIT)
+
+
+@pytest.mark.parametrize(
+    ("metric", "count"),
+    [
+        ("neg_perplexity", lambda text, tokenizer: len(tokenizer.encode(text))),
+        ("neg_word_perplexity", lambda text, _: len(text.split())),  # no text here begins or ends with a space
+        ("neg_byte_perplexity", lambda text, _: len(text.encode())),
+    ],
+)
+@pytest.mark.parametrize("file", ["law.txt", "long.txt"])
+def test_perplexity_is_exp_of_the_mean_over_all_texts(folder: Path, target: Target, file: str, metric: str, count):
+    evaluator = make(folder, metric, law={"file": file, "limit": 7})
+    items = evaluator.load()
+    evaluator.prepare(target, items)
+    outcomes = evaluator.evaluate(target, [i.id for i in items])
+    totals = [-reference(target, item.text) for item in items]
+    counts = [count(item.text.strip(), target.tokenizer) for item in items]
+    for outcome, nats, size in zip(outcomes, totals, counts, strict=True):
+        assert outcome.values[metric] == pytest.approx(-math.exp(nats / size), rel=1e-3)
+    assert not evaluator.is_item_mean("law")
+    (score,) = task_scores(evaluator, items, outcomes).values()
+    assert score == pytest.approx(-math.exp(sum(totals) / sum(counts)), rel=1e-3)
+    if len(items) > 1:  # by Jensen's inequality the mean of perplexities, weighted by size, is another number
+        mean = sum(o.values[metric] * size for o, size in zip(outcomes, counts, strict=True)) / sum(counts)
+        assert mean < score - 1e-6
+
+
+def test_a_lower_perplexity_is_a_higher_score(folder: Path, target: Target):
+    """And one beyond all numbers is still the lowest rank, not an error."""
+    evaluator = make(folder, "neg_perplexity", law={"file": "law.txt"})
+    scores = [
+        evaluator.aggregate("law", [Outcome("a", {"loglikelihood": nats, "tokens": 2.0})])
+        for nats in (-1.0, -2.0, -1e4, -1e6)
+    ]
+    assert scores[:2] == [pytest.approx(-math.exp(0.5)), pytest.approx(-math.exp(1.0))]
+    assert scores == sorted(scores, reverse=True)
+    assert math.isfinite(scores[-1])
+
+
 @pytest.mark.parametrize(
     ("options", "count"), [({}, 20), ({"unit": "line"}, 40), ({"unit": "file"}, 1), ({"limit": 7}, 7)]
 )
@@ -139,3 +183,8 @@ def test_changed_texts_are_noticed(folder: Path):
     (folder / "law.txt").write_text((folder / "law.txt").read_text() + "\n\nAnd more.")
     after = make(folder, law={"file": "law.txt"}).fingerprint()
     assert {key for key in before if before[key] != after[key]} == {"texts"}
+
+
+def test_another_metric_is_refused(folder: Path):
+    with pytest.raises(EvaluatorError, match=r"no metric 'perplexity'[\s\S]*neg_perplexity"):
+        make(folder, "perplexity", law={"file": "law.txt"})
