@@ -175,7 +175,10 @@ class StartSpec(Strict):
         description="STUDY:TRIAL of another study: an experiment file or a name in this storage; a number, or best",
     )
     recipe: str | None = Field(default=None, description="a recipe file, or a mergekit configuration")
-    control: str | None = Field(default=None, description="average, or expert:NAME")
+    control: str | None = Field(
+        default=None,
+        description="average, expert:NAME, base, or task_arithmetic (at the best single weight of the sweep)",
+    )
 
     @model_validator(mode="after")
     def _one(self) -> StartSpec:

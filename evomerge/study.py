@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from evomerge.dimensions import Point
 from evomerge.errors import EvomergeError, Interrupted, StudyError
 from evomerge.leaderboard import choose_winner
 from evomerge.planning import Plan, make_searcher
@@ -14,6 +15,7 @@ from evomerge.recipe import Group, Recipe
 from evomerge.running import Done, Runner
 from evomerge.searchers.base import Told
 from evomerge.store import Store, TrialRecord
+from evomerge.warmstart import complete
 
 SWEEP = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 
@@ -58,7 +60,8 @@ def idle_workers(plan: Plan, count: int) -> str | None:
         return None
     return (
         f"{count} workers, but searcher {plan.spec.search.method} has at most {most} candidates in evaluation at a "
-        "time here: the others help with controls and the finish only. `schedule: asynchronous` keeps all busy."
+        "time here: the others help with controls and the finish only."
+        + (" `schedule: asynchronous` keeps all busy." if make_searcher(plan.spec, plan.space).asynchronous else "")
     )
 
 
@@ -74,13 +77,11 @@ class Study:
         self, plan: Plan, store: Store, runner: Runner, progress: Progress, *, budget: int, seconds: float | None = None
     ):
         self.plan, self.store, self.runner, self.progress = plan, store, runner, progress
-        self.budget = budget
+        self.wanted = budget
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.asynchronous = plan.spec.search.schedule == "asynchronous"
-        self.searcher = make_searcher(plan.spec, plan.space, store.record.get("starts", ()))
-        if self.searcher.size is not None and self.searcher.size < budget:
-            progress.log(f"searcher {plan.spec.search.method} has {self.searcher.size} candidates in all")
-            self.budget = self.searcher.size
+        self.starts: list[Point | None] = store.record.get("starts", [])
+        self._set_searcher()
         self.trials: list[TrialRecord] = []
         self.told = 0  # reproducible schedule: the first `told` trials have been told
 
@@ -94,10 +95,18 @@ class Study:
         self.search()
         self.finish()
 
+    def _set_searcher(self) -> None:
+        """A new searcher, and the budget as far as it has candidates."""
+        known = [point for point in self.starts if point is not None]
+        self.searcher = make_searcher(self.plan.spec, self.plan.space, known)
+        self.budget = min(self.wanted, self.searcher.size or self.wanted)
+
     # --- the search ------------------------------------------------------------------------------------------------
 
     def search(self) -> None:
         """Propose, evaluate and tell until the budget is spent."""
+        if self.budget < self.wanted:
+            self.progress.log(f"searcher {self.plan.spec.search.method} has {self.budget} candidates in all")
         waiting = self.replay()
         best = self._best_note()
         finished = sum(t.state != "running" for t in self.trials)
@@ -203,7 +212,13 @@ class Study:
         if not any(self.runner.stored(s, "search") for s in wanted):
             failure = self.runner.failure("control:base", "search")
             raise NothingCompleted(f"not even the base could be evaluated: {failure.reason if failure else 'unknown'}")
-        self._evaluate("controls on search", "search", self.chosen_controls())
+        chosen = self.chosen_controls()
+        self._evaluate("controls on search", "search", chosen)
+        if None in self.starts:
+            weight = chosen["control:task_arithmetic"].groups[0].weights[0]
+            self.starts = [*complete(self.plan, self.starts, weight)]
+            self.store.update_record(starts=self.starts)  # from now on a resume needs no control for it
+            self._set_searcher()
 
     def chosen_controls(self) -> dict[str, Recipe]:
         """Task arithmetic at the lambda that is best on `search`, and random vectors at that lambda."""

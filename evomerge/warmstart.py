@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from evomerge.dimensions import Point
@@ -11,9 +12,13 @@ from evomerge.recipe import Group, Recipe
 from evomerge.spec import StartSpec
 from evomerge.validation import at
 
+LATER = ("task_arithmetic",)  # controls that are known only once the others have been evaluated
 
-def starting_points(plan: Plan, url: str) -> list[Point]:
+
+def starting_points(plan: Plan, url: str) -> list[Point | None]:
     """The points that ``search.initial`` stands for, in order and without repetitions; none if it says nothing.
+
+    None stands where a point is known only after the controls: task arithmetic at its best single weight.
 
     Args:
         url: the study's storage, where ``from: NAME:TRIAL`` looks.
@@ -21,18 +26,37 @@ def starting_points(plan: Plan, url: str) -> list[Point]:
     Raises:
         UserError: an entry cannot be found, or is not near any point of the space; names the entry.
     """
-    tensors = [plan.sources.info(name) for name in plan.sources.names if plan.sources.touched(name)]
-    points: list[Point] = []
+    points: list[Point | None] = []
     for number, start in enumerate(plan.spec.search.initial):
         where = at(str(plan.spec.path or "experiment"), f"search.initial[{number}]")
         try:
-            recipe = _recipe(plan, start, url)
-            point = plan.space.nearest(recipe, tensors)
+            point = None if start.control in LATER else _point(plan, _recipe(plan, start, url))
+            if start.control == "base":
+                _refuse_if_not_base(plan, point or {})
         except UserError as error:
             raise SpecError(error.problem, where=where, remedy=error.remedy) from error
         if point not in points:
             points.append(point)
     return points
+
+
+def complete(plan: Plan, starts: Sequence[Point | None], weight: float) -> list[Point]:
+    """``starts`` with the point of task arithmetic at ``weight`` where there is None; without repetitions."""
+    best = _point(plan, _of_the_space(plan, (weight,) * len(plan.template.experts)))
+    filled = [best if point is None else point for point in starts]
+    return [point for n, point in enumerate(filled) if point not in filled[:n]]
+
+
+def _point(plan: Plan, recipe: Recipe) -> Point:
+    tensors = [plan.sources.info(name) for name in plan.sources.names if plan.sources.touched(name)]
+    return plan.space.nearest(recipe, tensors)
+
+
+def _of_the_space(plan: Plan, weights: Sequence[float]) -> Recipe:
+    """One weight an expert, by task arithmetic if the space has it, else by its first method."""
+    methods = plan.space.methods
+    method = "task_arithmetic" if "task_arithmetic" in methods else methods[0]
+    return replace(plan.template, method=method, params={}, groups=(Group(tuple(weights)),))
 
 
 def _recipe(plan: Plan, start: StartSpec, url: str) -> Recipe:
@@ -54,13 +78,29 @@ def _recipe(plan: Plan, start: StartSpec, url: str) -> Recipe:
 
 
 def _control(plan: Plan, name: str) -> Recipe:
-    """A control as a recipe of the space's own (first) method."""
+    """A control as a recipe of the space's own method."""
     experts = [source.name for source in plan.template.experts]
-    known = ["average", *(f"expert:{expert}" for expert in experts)]
+    known = ["average", "base", *LATER, *(f"expert:{expert}" for expert in experts)]
     if name not in known:
         raise SpecError(f"there is no control {name!r} to begin with", remedy=nearest(name, known))
     if name == "average":
-        weights = (1.0 / len(experts),) * len(experts)
-    else:
-        weights = tuple(float(f"expert:{expert}" == name) for expert in experts)
-    return replace(plan.template, method=plan.space.methods[0], params={}, groups=(Group(weights),))
+        return _of_the_space(plan, (1.0 / len(experts),) * len(experts))
+    return _of_the_space(plan, [float(f"expert:{expert}" == name) for expert in experts])
+
+
+def _refuse_if_not_base(plan: Plan, point: Point) -> None:
+    """SpecError unless ``point``, the nearest to all weights at zero, is the base itself."""
+    from evomerge.methods import METHODS
+
+    recipe = plan.space.decode(point)
+    away = [weight for group in recipe.groups for weight in group.weights if weight != 0]
+    if away:
+        raise SpecError(
+            f"the base has all weights at 0, but the nearest point of the space has one at {away[0]:g}",
+            remedy="Widen space.weights.range to hold 0, or begin with control: average.",
+        )
+    if not METHODS[recipe.method].needs_base:
+        raise SpecError(
+            f"the base is no merge by {recipe.method}, which merges the experts without it",
+            remedy="Begin with control: average, or use a method that adds to the base, such as task_arithmetic.",
+        )

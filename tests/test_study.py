@@ -183,6 +183,7 @@ def test_a_search_begins_with_merges_of_other_studies_recipes_and_controls(write
         ({"recipe": "none.yaml"}, "none.yaml"),
         ({"control": "expert:expert7"}, "expert:expert1"),
         ({"control": "average", "recipe": "x"}, "exactly one"),
+        ({"control": "task_aritmetic"}, "task_arithmetic"),
     ],
     ids=str,
 )
@@ -190,6 +191,48 @@ def test_a_start_that_is_not_there_is_named(write, entry, words):
     with pytest.raises(UserError, match=words) as raised:
         run(write(search={"initial": [{"control": "average"}, entry]}))
     assert "search.initial" in str(raised.value) and "1" in str(raised.value)
+
+
+def test_a_search_begins_with_the_best_single_weight_of_its_own_sweep(write):
+    """Known after the controls, kept in the record; entries that are the same point count once."""
+    initial = [{"control": "task_arithmetic"}, {"control": "average"}, {"control": "base"}]
+    path = write(search={"budget": 6, "initial": initial})
+    store = run(path)
+    best = max((e.objective, -float(e.subject[6:])) for e in store.evaluations("search") if e.subject[:6] == "sweep:")
+    expected = [-best[1], 0.5, 0.0] if best[1] != -0.5 else [0.5, 0.0]
+    assert [set(t.point.values()) for t in store.trials()[: len(expected)]] == [{weight} for weight in expected]
+    assert [set(point.values()) for point in store.record["starts"]] == [{weight} for weight in expected]
+    assert len(store.trials()) == 6
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"method": "task_arithmetic", "weights": {"granularity": "task", "range": [0.1, 1.0]}}, "one at 0.1"),
+        ({"method": "linear", "weights": {"granularity": "task", "range": [0.0, 1.0]}}, "linear"),
+    ],
+    ids=["out of bounds", "a mean"],
+)
+def test_a_search_begins_with_the_base_only_where_the_space_holds_it(write, space, words):
+    with pytest.raises(UserError, match=words) as raised:
+        run(write(space=space, search={"initial": [{"control": "base"}]}))
+    assert "search.initial[0]" in str(raised.value)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_soup_ends_by_itself_and_keeps_what_does_not_get_worse(write, slots):
+    """Two experts: each alone, then both; nothing comes after that, whatever the budget."""
+    space = {"method": "linear", "weights": {"granularity": "task", "range": [0.0, 1.0]}}
+    store = run(write(space=space, search={"method": "soup"}), ShuffledPool(slots))
+    assert [tuple(t.point.values()) for t in store.trials()] == [(1, 0), (0, 1), (0.5, 0.5)]
+
+
+@pytest.mark.parametrize("method", ["soup", "coordinate"])
+def test_searchers_that_need_an_order_refuse_the_asynchronous_schedule(write, method):
+    space = {"method": "linear", "weights": {"granularity": "task", "range": [0.0, 1.0]}}
+    with pytest.raises(UserError, match="reproducible") as raised:
+        run(write(space=space, search={"method": method, "schedule": "asynchronous"}))
+    assert "search.method" in str(raised.value) and "tpe" in str(raised.value)
 
 
 def test_a_grid_ends_the_search_when_all_of_it_was_tried(write):
@@ -309,9 +352,17 @@ def crash_again_and_again(path: Path, die: Callable[[int], None], steps: range) 
     return run(path, ShuffledPool(2), store="crashed.db")
 
 
-@pytest.mark.parametrize("method", ["cma", "tpe"])
-def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(write, die, method):
-    path = write(search={"method": method, "budget": 8})
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"method": "cma", "initial": [{"control": "task_arithmetic"}, {"control": "average"}]},
+        {"method": "tpe"},
+        {"method": "coordinate"},
+    ],
+    ids=lambda search: search["method"],
+)
+def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(write, die, search):
+    path = write(search={"budget": 8, **search})
     whole = run(path, store="whole.db")
     resumed = crash_again_and_again(path, die, range(2, 15))
     assert trajectory(resumed) == trajectory(whole)
