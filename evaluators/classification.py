@@ -8,7 +8,8 @@
 
 Only the encoder is merged; heads stay as they are (as CLIP's zero-shot heads do in papers on merging vision models). A
 head file holds ``weight`` (classes x features) and may hold ``bias`` (classes): logits are features x weight^T + bias.
-Labels are whole numbers from 0 on, or words if the task names its classes in ``labels: [sport, politics]``.
+Labels are whole numbers from 0 on, or words if the classes have names: in the head file's metadata, as a JSON list
+under ``labels`` (so that names and rows of the head stay together), or in the task's ``labels: [sport, politics]``.
 
 Features are pooled from the model's last hidden state: ``pooling: mean`` over the tokens that are no padding (the
 default for texts), ``first`` (the class token; the default for images), or ``pooler`` (the model's own pooled output).
@@ -121,14 +122,40 @@ class Classification(Evaluator):
         return images, labels
 
     def _label(self, task: str, label: Any) -> int:
-        names = self.context.tasks[task].options.get("labels")
+        names = self._names(task)
         if names and isinstance(label, str):
             if label not in names:
                 raise ValueError(f"the label {label!r} is not among {names}")
             return names.index(label)
         if isinstance(label, bool) or not isinstance(label, int):
-            raise ValueError(f"the label {label!r} is not a whole number, and the task names no labels")
+            raise ValueError(f"the label {label!r} is not a whole number, and neither task nor head names labels")
         return label
+
+    @functools.cache  # noqa: B019
+    def _names(self, task: str) -> list[str] | None:
+        """The classes' names in the order of the head's rows; None if they have none."""
+        from safetensors import safe_open
+
+        path = self._path(task, "head")
+        where = f"evaluate.tasks.{task}.labels"
+        given = self.context.tasks[task].options.get("labels")
+        with safe_open(path, "pt") as file:
+            written = (file.metadata() or {}).get("labels")
+        if written is None:
+            return given
+        try:
+            names = json.loads(written)
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or len(names) != len(self._head(task)[0]):
+            raise EvaluatorError(f"the head's labels must be a JSON list of a name a class: {written}", where=str(path))
+        if given and given != names:
+            raise EvaluatorError(
+                f"the task names its classes {given}, but its head {names}",
+                where=where,
+                remedy="Leave the task's labels out: the head's are in the order of its rows.",
+            )
+        return names
 
     @functools.cache  # noqa: B019
     def _head(self, task: str) -> tuple[Tensor, Tensor | None]:

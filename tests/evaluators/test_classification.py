@@ -150,6 +150,23 @@ def test_words_and_numbers_are_the_same_labels(folder: Path, texts: Target):
     assert [o.values for o in words] == [o.values for o in numbers]
 
 
+def test_a_head_may_name_its_classes(folder: Path, texts: Target):
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "head.safetensors")
+    save_file(tensors, folder / "named.safetensors", metadata={"labels": json.dumps(CLASSES)})
+    by_task = outcomes_of(make(folder, topic=TOPIC), texts)[1]
+    alone = {"file": "topic.jsonl", "head": "named.safetensors"}
+    assert [o.values for o in outcomes_of(make(folder, topic=alone), texts)[1]] == [o.values for o in by_task]
+    make(folder, topic={**alone, "labels": CLASSES}).load()
+    with pytest.raises(EvaluatorError, match="but its head"):
+        make(folder, topic={**alone, "labels": CLASSES[::-1]}).load()
+    for wrong in ("sport", json.dumps(CLASSES[:2])):
+        save_file(tensors, folder / "wrong.safetensors", metadata={"labels": wrong})
+        with pytest.raises(EvaluatorError, match="a name a class"):
+            make(folder, topic={**alone, "head": "wrong.safetensors"}).load()
+
+
 @pytest.mark.parametrize("metric", ["acc", "macro_f1", "mcc", "margin"])
 def test_scores(folder: Path, texts: Target, metric: str):
     evaluator = make(folder, metric, topic=TOPIC)
