@@ -85,7 +85,10 @@ class CommandEvaluator(Evaluator):
         assert checkpoint is not None
         assert scratch is not None
         asked, given = scratch / "items.jsonl", scratch / "outcomes.jsonl"
-        self.write_items([self.items[i] for i in sorted(item_ids)], asked)
+        try:
+            self.write_items([self.items[i] for i in sorted(item_ids)], asked)
+        except OSError as error:
+            raise CandidateError("error", f"the items could not be written to {scratch}: {error}") from error
         argv = self._argv(checkpoint, asked, given)
         printed = self._run(argv, scratch)
         try:

@@ -27,7 +27,7 @@ def refuse_pinned(place: str, device: str) -> None:
     """ResourceError if page-locked memory is asked for where there is no GPU that it would be good for."""
     if place == "pinned" and not device.startswith("cuda"):
         raise ResourceError(
-            f"workers.sources is pinned, but workers run on {device}: page-locked memory speeds up copies to a GPU, "
+            f"page-locked memory (pinned) was asked for, but workers run on {device}: it speeds up copies to a GPU, "
             "and is nothing but a second copy elsewhere",
             where="workers.sources",
             remedy="Use mmap or auto, or give each worker a GPU with workers.gpus.",

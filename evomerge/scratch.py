@@ -50,14 +50,8 @@ def written(merger: Merger, recipe: Recipe, place: str, device: str = "cpu") -> 
             raise CandidateError("nan", error.problem) from error
         except OSError as error:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # what is free without it
-            needed, free = written_bytes(merger.sources, recipe.export_dtype), room(folder)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "its disk is full" if full else str(error)
-            raise CandidateError(
-                "error",
-                f"the checkpoint could not be written: {reason}; it needs {size(needed)}, and {folder.parent} has "
-                f"{size(free)} left (workers.scratch names another folder)",
-            ) from error
+            needed = written_bytes(merger.sources, recipe.export_dtype)
+            raise _unwritable(folder.parent, error, f"it needs {size(needed)}, and ") from error
         yield target
 
 
@@ -67,7 +61,10 @@ def scratch_folder(place: str = "") -> Iterator[Path]:
     lock, handle = _new_lock(_folder(place))
     folder = lock.with_suffix("")
     try:
-        folder.mkdir(mode=0o700)
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise _unwritable(folder.parent, error) from error
         yield folder
     finally:
         _remove(folder, lock)
@@ -132,6 +129,14 @@ def _folder(place: str, *, make: bool = True) -> Path:
     return folder
 
 
+def _unwritable(where: Path, error: OSError, needed: str = "") -> CandidateError:
+    reason = "its disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+    left = f"{where} has {size(room(where))} left"
+    return CandidateError(
+        "error", f"the checkpoint could not be written: {reason}; {needed}{left} (workers.scratch names another folder)"
+    )
+
+
 def _prefix() -> str:
     return f"evomerge-{socket.gethostname()}-"
 
@@ -142,7 +147,7 @@ def _new_lock(where: Path) -> tuple[Path, int]:
         try:
             handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=LOCK, dir=where)
         except OSError as error:
-            raise CandidateError("error", f"nothing can be written to {where}: {error.strerror}") from error
+            raise _unwritable(where, error) from error
         fcntl.flock(handle, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(name)):  # noqa: PTH116

@@ -133,7 +133,7 @@ def test_auto_on_the_cpu_is_the_files():
 def test_pinned_memory_without_a_gpu_is_refused_before_anything_is_opened(experiment, monkeypatch: pytest.MonkeyPatch):
     path = experiment(workers={"sources": "pinned"})
     monkeypatch.setattr("evomerge.planning.open_sources", lambda *_: pytest.fail("sources were opened"))
-    with pytest.raises(ResourceError, match=r"workers.sources is pinned, but workers run on cpu"):
+    with pytest.raises(ResourceError, match=r"\(pinned\) was asked for, but workers run on cpu"):
         build_plan(load_spec(path), Progress(quiet=True))
     refuse_pinned("pinned", "cuda:1")
     refuse_pinned("device", "cpu")

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import CandidateError, ResourceError
+from evomerge.evaluation import EvaluatorContext, Item, Target, TaskSpec, load_evaluator
 from evomerge.exporting import MANIFEST, export
 from evomerge.merging import Merger, open_sources, written_bytes
 from evomerge.progress import size
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.scratch import check_scratch, remove_stale, scratch_folder, written
+from evomerge.testing import engines
 from evomerge.testing.pools import wait_for_file
 
 
@@ -141,6 +143,17 @@ def test_a_full_disk_is_a_failure_that_says_so_and_leaves_nothing(recipe: Recipe
         pass
     assert caught.value.kind == "error"
     assert list(small_disk.iterdir()) == []
+
+
+def test_no_room_for_what_a_program_reads_is_a_failure_that_says_where(lora_family: Path, small_disk: Path):
+    engines.write(small_disk)
+    context = EvaluatorContext(small_disk, {"one": TaskSpec("one")})
+    evaluator = load_evaluator("engine_eval.py", context)
+    items = [Item("x", "one", "long " * 100_000)]
+    evaluator.prepare(None, items)
+    target = Target(checkpoint=lora_family / "base", scratch=small_disk)
+    with pytest.raises(CandidateError, match=rf"items could not be written to {small_disk}: .*No space left"):
+        evaluator.evaluate(target, ["x"])
 
 
 def test_a_process_that_ends_by_a_signal_leaves_no_lock(tmp_path: Path):
