@@ -35,7 +35,7 @@ Storage = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Workers, in place of the experiment's.")]
 Address = Annotated[str | None, typer.Option("--address", help="Ray cluster: auto, or ray://host:10001.")]
-Allow = Annotated[bool, typer.Option("--allow-code", help="Run the file that a recipe names as its method's code.")]
+Allow = Annotated[bool, typer.Option("--allow-code", help="Run the file that the recipe names as its method's code.")]
 Seconds = Annotated[str | None, typer.Option("--time", help="Propose no candidate after this long: 90s, 30m, 6h.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Trials in all; +N for N more than the study has.")]
 Drift = Annotated[bool, typer.Option("--allow-drift", help="Go on although sources, evaluator or data have changed.")]
@@ -191,6 +191,7 @@ def export(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda; by default the study's, for its very numbers.")
     ] = None,
+    allow_code: Allow = False,
     storage: Storage = None,
 ) -> None:
     """Write a merge as a checkpoint. A Hugging Face folder, with its recipe and a model card."""
@@ -201,7 +202,7 @@ def export(
     store = open_study(study, storage)
     subject, recipe = resolve_subject(store, trial)
     worker = store.record["worker"]
-    recipe = permit(recipe, trusted=[code["sha256"] for code in worker.get("codes", {}).values()])
+    recipe = permit(recipe, allow=allow_code)
     _export(recipe, out, card_of(store, subject), worker["threads"], device or worker["device"])
 
 

@@ -145,11 +145,11 @@ def run_user_code(function: Callable[[], Any], path: Path, kind: Kind = EVALUATO
         return function()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise kind.error(explain(error, path), where=str(path)) from error
 
 
-def explain(error: Exception, path: Path) -> str:
+def explain(error: BaseException, path: Path) -> str:
     """One line for ``error``, with the last line of ``path`` that it went through."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"

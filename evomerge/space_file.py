@@ -159,7 +159,8 @@ class SpaceModel(Strict):
     model_config = ConfigDict(title="space")
 
     method: str | MovingModel = Field(
-        description="the merge method (`evomerge methods` lists them), or choices: [ties, dare_ties] to search it too"
+        description="the merge method (`evomerge methods` lists them; file.py@name is one of your own), or choices: "
+        "[ties, dare_ties] to search it too"
     )
     params: dict[str, Any] = Field(
         default_factory=dict,

@@ -194,7 +194,9 @@ class SearchSpec(_Open):
 
     model_config = ConfigDict(title="search")
 
-    method: str = Field(description="the searcher: cma, tpe, gp, nsga2, coordinate, soup, random, sobol or grid")
+    method: str = Field(
+        description="the searcher: cma, tpe, gp, nsga2, coordinate, soup, random, sobol, grid, or your own file.py@name"
+    )
     budget: int = Field(default=60, ge=1, description="how many candidates to evaluate; controls are not counted")
     time: Annotated[str | None, BeforeValidator(_check_time)] = Field(
         default=None, description="propose no candidate after this long, such as 90s, 30m, 6h or 1h30m"

@@ -8,7 +8,7 @@ its code, wherever a recipe says that it lies.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,27 +85,25 @@ def method_of(recipe: Recipe) -> Method:
     return _permitted(recipe.method, recipe.code, allow=False).method
 
 
-def permit(recipe: Recipe, *, allow: bool = False, trusted: Iterable[str] = ()) -> Recipe:
+def permit(recipe: Recipe, *, allow: bool = False) -> Recipe:
     """``recipe`` ready to be merged: the code of its method, and of its stages', is there, and all its numbers checked.
 
     Args:
         allow: run the file that the recipe names.
-        trusted: hashes of code that may run: what the experiment file of the recipe's study named.
 
     Returns the recipe with the hash of the code and all parameters of its method filled in. Raises MethodError if a
     file's code may not run, is not there, or is not what the recipe was made with.
     """
-    hashes = set(trusted)
 
     def stage(source: Any) -> Any:
         if source is None or source.recipe is None:
             return source
-        return replace(source, recipe=permit(source.recipe, allow=allow, trusted=hashes))
+        return replace(source, recipe=permit(source.recipe, allow=allow))
 
     recipe = replace(recipe, base=stage(recipe.base), experts=tuple(stage(source) for source in recipe.experts))
     if recipe.code is None:
         return recipe
-    found = _permitted(recipe.method, recipe.code, allow=allow or recipe.code.sha256 in hashes)
+    found = _permitted(recipe.method, recipe.code, allow=allow)
     check_experts(found.method, recipe.base is not None, len(recipe.experts))
     params = check_params(recipe.method, found.method, recipe.params)
     groups = []
@@ -148,8 +146,7 @@ def _permitted(name: str, code: Code, *, allow: bool) -> Found:
     if not allow:
         raise MethodError(
             f"method {name} is code of {path}, and a recipe cannot make it run",
-            remedy="Read that file. If you trust it, say --allow-code (in merge and evaluate), or name it in the "
-            "experiment file.",
+            remedy="Read that file. If you trust it, say --allow-code, or give the experiment file that names it.",
         )
     return _from_file(name, path)
 

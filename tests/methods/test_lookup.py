@@ -100,6 +100,7 @@ COMBINE = "    def combine(self, base, experts, *, dtype, **_):\n        return 
     [
         ("x = (", "line 1: SyntaxError"),
         ("\nimport not_a_module", "broken.py, line 2: ModuleNotFoundError"),
+        ("\nimport sys; sys.exit(0)", "broken.py, line 2: SystemExit: 0"),
         ("x = 1", "must define exactly one method, but defines 0"),
         (CLASS, "must define exactly one method, but defines 0"),  # combine is missing
         (CLASS + COMBINE + "base.add_(1)", "wrote into the base or an expert"),

@@ -102,17 +102,20 @@ def test_changed_code_is_drift(server: Server, documented: Path, tmp_path: Path)
     folder = documented.parent
     edit(documented, "budget: 12", "budget: 3")
     server.run("run", documented)
+    by_name = ("export", "mine", "--storage", f"sqlite:///{folder}/evomerge.db", "--out")
     method = (folder / "my_methods.py").read_text()
     edit(folder / "my_methods.py", "return theta_0 + scale", "return theta_0 - scale")
     for options in ((), ("--allow-drift",)):
         refused = server.run("resume", documented, "--budget", "+1", *options, code=2).err
         assert "its method my_methods.py differ" in refused and "my_search.py" not in refused
-    refused = server.run(
-        "export", "mine", "--storage", f"sqlite:///{folder}/evomerge.db", "--out", tmp_path / "x", code=2
-    )
-    assert "the code of method my_methods.py@median" in refused.err and "but the recipe was made with" in refused.err
+    for study in (("export", documented, "--out"), (*by_name[:-1], "--allow-code", "--out")):
+        refused = server.run(*study, tmp_path / "x", code=2).err
+        assert "the code of method my_methods.py@median" in refused and "but the recipe was made with" in refused
     (folder / "my_methods.py").write_text(method)
-    server.run("export", "mine", "--storage", f"sqlite:///{folder}/evomerge.db", "--out", tmp_path / "x")
+    # A store alone makes nothing run: it may be somebody else's. The experiment file does.
+    assert "a recipe cannot make it run" in server.run(*by_name, tmp_path / "x", code=2).err
+    server.run(*by_name, tmp_path / "x", "--allow-code")
+    server.run("export", documented, "--out", tmp_path / "y")
 
     # A searcher may change, if it still proposes what it proposed.
     edit(folder / "my_search.py", '"""Each', '"""As before: each')
