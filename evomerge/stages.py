@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from evomerge.errors import CheckpointError
+from evomerge.errors import CandidateError, CheckpointError
 from evomerge.hashing import HashCache, cache_folder
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe, Source
+from evomerge.scratch import remove_stale, scratch_folder
 
 FolderOf = Callable[[str], Path]  # hash of a stage's recipe -> where it is built
 
@@ -76,12 +76,14 @@ def built(recipe: Recipe, beside: Path, progress: Progress | None = None, *, mor
     if kept >= there.keys():
         yield placed(recipe)
         return
-    existing = next(folder for folder in (beside, *beside.parents) if folder.is_dir())
-    temporary = Path(tempfile.mkdtemp(prefix=".evomerge.", suffix=".stages", dir=existing))
-    try:
-        yield _build(recipe, lambda h: kept_folder(h) if h in kept else temporary / h, progress or Progress(), more)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    existing = str(next(folder for folder in (beside, *beside.parents) if folder.is_dir()))
+    remove_stale(existing)
+    with ExitStack() as stack:
+        try:
+            own = stack.enter_context(scratch_folder(existing))
+        except CandidateError as error:
+            raise CheckpointError(error.reason, remedy="Choose another output folder.") from error
+        yield _build(recipe, lambda h: kept_folder(h) if h in kept else own / h, progress or Progress(), more)
 
 
 def _build(recipe: Recipe, folder_of: FolderOf, progress: Progress, more: int = 0) -> Recipe:

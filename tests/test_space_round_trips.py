@@ -15,6 +15,7 @@ from test_space import SHIPPED, model, template
 from evomerge import methods
 from evomerge.dimensions import Dimension
 from evomerge.merging import open_sources
+from evomerge.methods import lookup
 from evomerge.methods.basic import TaskArithmetic
 from evomerge.params import Param
 from evomerge.recipe import Recipe
@@ -33,7 +34,8 @@ class Whole(TaskArithmetic):
 @pytest.fixture(scope="module", autouse=True)
 def whole():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "METHODS", {**methods.METHODS, "whole": Whole()})
+        for module in (methods, lookup):
+            patch.setattr(module, "METHODS", {**methods.METHODS, "whole": Whole()})
         yield
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +77,7 @@ def test_the_same_bytes_as_built_by_hand(two_stages: Path, cache: Path, tmp_path
         merged = export(ready, tmp_path / "merged")
     expected = by_hand(two_stages, tmp_path / "hand")
     assert (merged / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert not list(tmp_path.glob(".*"))  # temporary stages are gone
+    assert not list(tmp_path.glob("*evomerge*"))  # temporary stages are gone
     assert not (cache / "stages").exists()
     again = Recipe.load(merged / "recipe.yaml")
     assert again == recipe
@@ -236,6 +239,29 @@ def test_room_for_all_stages_and_the_result_is_looked_at_first(
     assert sorted(tmp_path.rglob("*")) == before
     with built(recipe, tmp_path, QUIET):  # float16 and float32: 6 bytes a number
         pass
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next(two_stages: Path, tmp_path: Path):
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from evomerge.merging import verify_sources; from evomerge.stages import *\n"
+        "with built(verify_sources(Recipe.load(sys.argv[1])), Path(sys.argv[2]), Progress(quiet=True)):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run([sys.executable, "-c", script, two_stages, out], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(out.glob("*/*/model.safetensors"))) == 2
+    with built(verify_sources(Recipe.load(two_stages)), out, QUIET):
+        assert len(list(out.glob("*/*/model.safetensors"))) == 2
+    assert not list(out.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(two_stages: Path):
+    recipe = verify_sources(Recipe.load(two_stages))
+    with pytest.raises(CheckpointError, match="nothing can be written to /proc"), built(recipe, Path("/proc"), QUIET):
+        raise AssertionError("built")
 
 
 # --- kept for studies ----------------------------------------------------------------------------------------------
