@@ -236,7 +236,7 @@ def evaluate(
     allow_code: Allow = False,
     storage: Storage = None,
 ) -> None:
-    """Score a checkpoint or a recipe. On an experiment's items, by plain transformers, in this process."""
+    """Score a checkpoint or a recipe. On an experiment's items, by its evaluator, in this process."""
     _choice("--split", split, ("search", "select", "test"))
     _choice("--format", format, ("text", "json"))
     import json

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from evomerge.commands import CommandEvaluator
 from evomerge.errors import CandidateError, EvaluatorError
 from evomerge.evaluation import check_outcomes, load_evaluator
 from evomerge.testing import engines
-from evomerge.testing.evaluators import EvaluatorCase, EvaluatorContract
+from evomerge.testing.evaluators import EvaluatorContract
 from evomerge.testing.pools import is_alive, wait_for_file, wait_until_gone
 
+PLACE = tempfile.TemporaryDirectory()  # removed when the tests end
 SPLIT = {"search": 2, "select": 2, "test": 2}
 
 
@@ -54,9 +56,11 @@ def evaluate(evaluator: CommandEvaluator, target: Target, count: int = 3) -> lis
 
 
 class TestCommandEvaluator(EvaluatorContract):
-    @pytest.fixture
-    def case(self, folder: Path, lora_family: Path) -> EvaluatorCase:
-        return EvaluatorCase(lambda: make(folder), Target(checkpoint=lora_family / "base"), SPLIT)
+    """As an author of one inherits it, on the suite's own model."""
+
+    evaluator = str(engines.write(Path(PLACE.name)))
+    tasks = {"one": {}, "two": {"weight": 2.0}}  # noqa: RUF012
+    split = {"search": 2, "select": 2, "test": 2}  # noqa: RUF012
 
 
 def test_outcomes_are_those_of_the_program(folder: Path, target: Target):

@@ -5,8 +5,9 @@
         tasks = {"one": {}}
 
 It is tried on a tiny Llama of random weights. Another model, or data made by fixtures: override the fixture ``case``,
-with a batch size smaller than a split, so that a split has several batches. For an evaluator that needs a checkpoint,
-the target names a folder: ``Target(checkpoint=folder)``; every evaluation gets a scratch folder of its own.
+with a batch size smaller than a split, so that a split has several batches. An evaluator that needs a checkpoint gets
+that of the tiny Llama; a case of its own names another, ``Target(checkpoint=folder)``. Every evaluation has a scratch
+folder of its own.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _evaluate(evaluator: Evaluator, target: Target, ids: list[str]) -> list[Outc
     if evaluator.needs == "model":
         return evaluator.evaluate(target, ids)
     with tempfile.TemporaryDirectory() as scratch:
-        return evaluator.evaluate(replace(target, scratch=Path(scratch)), ids)
+        return evaluator.evaluate(replace(target, model=None, tokenizer=None, scratch=Path(scratch)), ids)
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def _tiny_target(folder: Path) -> Target:
 
     base = tiny.save_model(folder / "evaluated", tiny.llama_config(), seed=0)
     model = load_resident(base, auto_class="AutoModelForCausalLM", compute_dtype="float32")
-    return Target(model, tiny.tokenizer())
+    return Target(model, tiny.tokenizer(), checkpoint=base)
 
 
 def _outcomes(evaluator: Evaluator, target: Target, ids: list[str]) -> dict[str, Outcome]:

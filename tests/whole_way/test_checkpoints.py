@@ -12,6 +12,8 @@ from evomerge.testing import engines
 
 from .support import Server, alive, candidates, end, evomerge, kill_tree, start, store, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def search(many: Callable[..., Path]) -> Callable[..., Path]:
@@ -53,7 +55,6 @@ def engine_of(path: Path) -> tuple[int, int]:
     return engine, child
 
 
-@pytest.mark.slow
 def test_killed_at_any_point_nothing_stays_behind(search: Callable[..., Path]):
     """The worker, and then the driver, are killed while the program runs; a resume ends as if nothing had been."""
     alone, path = search(), search()
@@ -81,7 +82,6 @@ def test_killed_at_any_point_nothing_stays_behind(search: Callable[..., Path]):
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_two_workers_on_ray_give_the_same_study(search: Callable[..., Path]):
     alone, path = search(), search(count=2, cpus=0.5)
     evomerge("run", alone)
