@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, ResourceError
+from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, MethodError, ResourceError
 from evomerge.evaluation import Target
 from evomerge.exporting import export
+from evomerge.methods import lookup
 from evomerge.pools import Job, WorkerSpec
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.testing import tiny
@@ -226,3 +227,59 @@ def test_failures_have_a_kind_and_one_line(error, kind, reason):
     assert failure.kind == kind
     assert reason in failure.reason
     assert "\n" not in failure.reason
+
+
+PLUGGED = """
+from evomerge import Method
+
+class Plugged(Method):
+    name, summary, reference = "plugged", "the base plus the task vectors", "none"
+
+    def combine(self, base, experts, *, weights, dtype, info, **_):
+        if info.name.endswith("up_proj.weight"):
+            FAULT
+        return base.to(dtype) + sum(w * (e.to(dtype) - base.to(dtype)) for w, e in zip(weights, experts))
+"""
+
+
+def plugged(spec: WorkerSpec, folder: Path, fault: str) -> tuple[WorkerSpec, Job]:
+    """A worker's spec and a job by a method of a file of its own, with a fault that shows in some tensors only."""
+    (folder / "plugged.py").write_text(PLUGGED.replace("FAULT", fault))
+    code = lookup.find("plugged.py@Plugged", folder).code
+    assert code is not None
+    job = make_job(spec, 1)
+    recipe = replace(Recipe.from_dict(job.recipe), method="plugged.py@Plugged", code=code, params={})
+    return replace(spec, codes={"plugged.py@Plugged": code.to_dict()}), replace(job, recipe=recipe.to_dict())
+
+
+def test_a_method_from_a_file_merges_as_our_own(spec, worker, tmp_path):
+    """The base plus weighted task vectors: task_arithmetic, up to rounding. Its weights stand in the same recipe."""
+    own, job = plugged(spec, tmp_path, "pass")
+    result = Worker(own).evaluate(job)
+    expected = worker.evaluate(make_job(spec, 1))
+    assert result.failure is None
+    for outcome, other in zip(result.outcomes, expected.outcomes, strict=True):
+        assert outcome.values["score"] == pytest.approx(other.values["score"], abs=0.02)
+
+
+def test_a_method_that_fails_is_one_candidate_s_failure(spec, tmp_path):
+    own, job = plugged(spec, tmp_path, "1 / 0")
+    worker = Worker(own)
+    result = worker.evaluate(job)
+    assert result.failure is not None and result.failure.kind == "error"
+    assert "ZeroDivisionError" in result.failure.reason and "plugged.py" in result.failure.detail
+    assert worker.evaluate(make_job(spec, 1)).failure is None
+
+
+def test_a_method_that_spoils_the_sources_ends_the_worker(spec, tmp_path):
+    """Every candidate after it would be built from something else than the base and the experts."""
+    own, job = plugged(spec, tmp_path, "base.mul_(2)")
+    with pytest.raises(MethodError, match=r"method plugged wrote into the base or an expert at .*up_proj\.weight"):
+        Worker(own).evaluate(job)
+
+
+def test_a_worker_runs_no_code_but_the_study_s(spec, worker, tmp_path):
+    _, job = plugged(spec, tmp_path, "pass  # another")
+    lookup._loaded.clear()
+    result = worker.evaluate(job)
+    assert result.failure is not None and "a recipe cannot make it run" in result.failure.reason
