@@ -56,7 +56,7 @@ class Adapter:
         self.path, self.config = path, config
         self._file, self._header = file, header
         self._storages: dict[Path, torch.UntypedStorage] = {}
-        self._factors: dict[str, _Factors] = {}
+        self._factors: dict[str, Factors] = {}
         self._full: dict[str, str] = {}  # checkpoint name -> the adapter's key
 
     @property
@@ -72,6 +72,10 @@ class Adapter:
 
     def files(self) -> list[Path]:
         return adapter_files(self.path)
+
+    def factors(self, name: str) -> Factors | None:
+        """How the file holds the LoRA on the base's tensor ``name``, if it has one."""
+        return self._factors.get(name)
 
     def low_rank(self, name: str) -> LowRank | None:
         """scaling, B: (out, rank) and A: (rank, in) for the base's tensor ``name``: (out, in), if it has a LoRA."""
@@ -92,10 +96,17 @@ class Adapter:
         return map_tensor(self._storages, self._file, self._header[key])
 
 
-class _Factors:
-    """The keys, scaling and orientation of one module's A and B."""
+class Factors:
+    """One module's A and B in the file: keys, scaling and orientation.
 
-    def __init__(self, embedding: bool):
+    Attributes:
+        module: its name in the model that the adapter was trained on.
+        embedding: it is an embedding's, whose keys are called otherwise.
+        transposed: the file has the factors of the transposed weight.
+    """
+
+    def __init__(self, module: str, embedding: bool):
+        self.module = module
         self.keys: dict[str, str] = {}
         self.embedding = embedding
         self.scaling = 0.0
@@ -125,14 +136,14 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
     header = read_header(file)
     adapter = Adapter(folder, config, file, header)
     targets = _Targets(folder, base)
-    modules: dict[str, _Factors] = {}
+    modules: dict[str, Factors] = {}
     for key, entry in header.items():
         if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{file}: {key} is {entry.dtype}, not a floating-point tensor")
         plain = key.removeprefix(PREFIX)
         match = FACTOR.match(plain)
         if match is not None:
-            found = modules.setdefault(match["module"], _Factors(bool(match["embedding"])))
+            found = modules.setdefault(match["module"], Factors(match["module"], bool(match["embedding"])))
             found.keys[match["factor"]] = key
         elif re.search(r"\.(lora_|modules_to_save\.|original_module\.)", plain):
             raise CheckpointError(f"{file}: {key} is not part of a plain LoRA adapter", remedy=MERGE_FIRST)
@@ -199,7 +210,7 @@ class _Targets:
         return self._renamed[parameter]
 
 
-def _fit(adapter: Adapter, module: str, found: _Factors, name: str, shape: tuple[int, ...]) -> None:
+def _fit(adapter: Adapter, module: str, found: Factors, name: str, shape: tuple[int, ...]) -> None:
     """Check the shapes of one module's factors, and set scaling and orientation."""
     file, config = adapter._file, adapter.config
     for factor in ("A", "B"):
@@ -249,7 +260,7 @@ def _refuse_untying(adapter: Adapter, base: Checkpoint) -> None:
         return
     tied = [name for name in adapter.names if tensor_kind(name)[0] in ("embedding", "head")]
     # save_embedding_layers puts an unchanged copy of the embedding into the file: no change.
-    changed = [name for name in tied if name in adapter._factors or not _same(adapter, base, name)]
+    changed = [name for name in tied if name in adapter._factors or not same_as_base(adapter, base, name)]
     if changed:
         raise CheckpointError(
             f"{adapter.path} changes {some(changed)}, which the base ties to its output head; the adapter unties them",
@@ -259,6 +270,7 @@ def _refuse_untying(adapter: Adapter, base: Checkpoint) -> None:
         del adapter._full[name]
 
 
-def _same(adapter: Adapter, base: Checkpoint, name: str) -> bool:
+def same_as_base(adapter: Adapter, base: Checkpoint, name: str) -> bool:
+    """True if what replaces the tensor ``name`` is a copy of the base's own."""
     full = adapter.full(name)
     return full is not None and torch.equal(full.to(base.dtype(name)), base.tensor(name))

@@ -39,6 +39,20 @@ Allow = Annotated[bool, typer.Option("--allow-code", help="Run the file that the
 Seconds = Annotated[str | None, typer.Option("--time", help="Propose no candidate after this long: 90s, 30m, 6h.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Trials in all; +N for N more than the study has.")]
 Drift = Annotated[bool, typer.Option("--allow-drift", help="Go on although sources, evaluator or data have changed.")]
+AsWhat = Annotated[
+    str,
+    typer.Option("--as", help="checkpoint; adapter: a LoRA adapter, of a weighted sum of LoRA adapters."),
+]
+ShardSize = Annotated[
+    str | None, typer.Option("--shard-size", help="Most that one weight file holds: 500MB, 2GiB; 5GB by default.")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="base, expert:NAME, or a folder or id; the base's by default.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option("--chat-template", help="base, expert:NAME, a folder or a .jinja file; the tokenizer's by default."),
+]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="An experiment file, or a study's name.")]
 
 
@@ -183,7 +197,11 @@ def show(
     print(show_trial(store, trial) if format == "text" else show_recipe(store, trial, format))
 
 
-@app.command(epilog=_example("evomerge export experiment.yaml --trial best --out merged"))
+@app.command(
+    epilog=_example("evomerge export experiment.yaml --trial best --out merged --shard-size 2GB")
+    + "\n\n"
+    + _example("evomerge export experiment.yaml --out adapter --as adapter --chat-template expert:chat")
+)
 def export(
     study: StudyArgument,
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
@@ -192,9 +210,14 @@ def export(
         str | None, typer.Option("--device", help="cpu or cuda; by default the study's, for its very numbers.")
     ] = None,
     allow_code: Allow = False,
+    as_what: AsWhat = "checkpoint",
+    shard_size: ShardSize = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
     storage: Storage = None,
 ) -> None:
     """Write a merge as a checkpoint. A Hugging Face folder, with its recipe and a model card."""
+    from evomerge.export_command import Wanted
     from evomerge.launch import open_study
     from evomerge.methods.lookup import permit
     from evomerge.showing import card_of, resolve_subject
@@ -203,7 +226,9 @@ def export(
     subject, recipe = resolve_subject(store, trial)
     worker = store.record["worker"]
     recipe = permit(recipe, allow=allow_code)
-    _export(recipe, out, card_of(store, subject), worker["threads"], device or worker["device"])
+    wanted = Wanted(as_what, shard_size, tokenizer, chat_template)
+    where = {"threads": worker["threads"], "device": device or worker["device"]}
+    _write_out(recipe, out, wanted, card=card_of(store, subject), **where)
 
 
 @app.command(epilog=_example("evomerge merge recipe.yaml --out merged"))
@@ -212,13 +237,19 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option("--device", help="Where to compute: cpu or cuda.")] = "cpu",
+    as_what: AsWhat = "checkpoint",
+    shard_size: ShardSize = None,
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
     allow_code: Allow = False,
 ) -> None:
     """One merge, without a search."""
+    from evomerge.export_command import Wanted
     from evomerge.methods.lookup import permit
     from evomerge.recipe import Recipe
 
-    _export(permit(Recipe.load(recipe), allow=allow_code), out, None, threads, device)
+    wanted = Wanted(as_what, shard_size, tokenizer, chat_template)
+    _write_out(permit(Recipe.load(recipe), allow=allow_code), out, wanted, threads=threads, device=device)
 
 
 @app.command(epilog=_example("evomerge evaluate merged experiment.yaml --split test --compare"))
@@ -396,32 +427,13 @@ def _print_leaderboard(store: Any, format: str) -> None:
     print(text, end="" if text.endswith("\n") else "\n")
 
 
-def _export(recipe: Any, out: Path, card: dict[str, Any] | None, threads: int, device: str) -> None:
-    _choice("--device", device.partition(":")[0], ("cpu", "cuda"))
-    from evomerge.exporting import export as write
-    from evomerge.exporting import merged_bytes
-    from evomerge.merging import pin_sources, verify_sources
+def _write_out(recipe: Any, out: Path, wanted: Any, **where: Any) -> None:
+    _choice("--as", wanted.as_what, ("checkpoint", "adapter"))
+    _choice("--device", where["device"].partition(":")[0], ("cpu", "cuda"))
+    from evomerge.export_command import write_out
     from evomerge.progress import Progress
-    from evomerge.stages import built
-    from evomerge.worker import settle
-    from evomerge.writing import check_out
 
-    progress = Progress()
-    settle(threads=threads, device=device)
-    check_out(out.absolute())
-    recipe = verify_sources(pin_sources(recipe, progress))
-    size = merged_bytes(recipe)
-    with (
-        built(recipe, out.absolute().parent, progress, more=size) as recipe,
-        progress.stage("writing", size, unit="B") as stage,
-    ):
-
-        def report(done: int, total: int) -> None:
-            stage.total = total
-            stage.update(done)
-
-        folder = write(recipe, out, card=card, progress=report, device=device)
-    print(f"wrote {folder}")
+    print(f"wrote {write_out(recipe, out, wanted, Progress(), **where)}")
 
 
 def main() -> None:

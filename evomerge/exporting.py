@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints import Sources
+from evomerge.companions import BASE_ONLY, Companions
 from evomerge.errors import CheckpointError
-from evomerge.folders import optional_files, read_json, tokenizer_files
+from evomerge.folders import optional_files
 from evomerge.merging import SHARD_SIZE, Merger, Report, open_source, open_sources
 from evomerge.modelcard import all_sources, model_card
 from evomerge.recipe import Recipe, Source
@@ -26,6 +26,7 @@ def export(
     *,
     shard_size: int = SHARD_SIZE,
     card: Mapping[str, Any] | None = None,
+    companions: Companions = BASE_ONLY,
     progress: Report | None = None,
     device: str = "cpu",
 ) -> Path:
@@ -37,6 +38,7 @@ def export(
         out: a folder that does not exist yet, or is empty.
         shard_size: bytes of tensors a weight file may hold.
         card: what a study knows of the merge, for the model card (see ``modelcard.model_card``).
+        companions: the tokenizer and chat templates, if not the base's.
         progress: called with (bytes written, bytes in all).
         device: where the arithmetic is done; the study's, for the study's very numbers.
 
@@ -49,8 +51,10 @@ def export(
     check_room(out, merged_bytes(recipe))
     with whole_folder(out) as folder:
         merger = Merger(sources, device=device)
-        hashes = write_checkpoint(merger, recipe, folder, shard_size=shard_size, card=card, progress=progress)
-        _write_manifest(folder, recipe, hashes)
+        hashes = write_checkpoint(
+            merger, recipe, folder, shard_size=shard_size, card=card, companions=companions, progress=progress
+        )
+        write_manifest(folder, recipe, hashes, companions.facts())
     return out
 
 
@@ -61,6 +65,7 @@ def write_checkpoint(
     *,
     shard_size: int = SHARD_SIZE,
     card: Mapping[str, Any] | None = None,
+    companions: Companions = BASE_ONLY,
     progress: Report | None = None,
     durable: bool = True,
 ) -> dict[str, str]:
@@ -72,7 +77,15 @@ def write_checkpoint(
     Returns the weight files' SHA-256 (nothing without ``durable``).
     """
     hashes = merger.stream(recipe, folder, shard_size=shard_size, progress=progress, durable=durable)
-    _write_companions(folder, merger.sources, recipe, card or {})
+    base = merger.sources.reference
+    companions.write(folder, default=base.path)
+    config = _config(base.config, recipe.export_dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in optional_files(base.path, ("generation_config.json",)):
+        shutil.copyfile(file, folder / file.name)
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    text = model_card(recipe, base.config, {**(card or {}), **companions.facts()})
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
     return hashes
 
 
@@ -110,23 +123,6 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def _write_companions(folder: Path, sources: Sources, recipe: Recipe, card: Mapping[str, Any]) -> None:
-    """Everything but weights and manifest: the base's config and tokenizer, the recipe, the model card."""
-    origin = sources.reference.path
-    config = _config(sources.reference.config, recipe.export_dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for file in (*optional_files(origin, ("generation_config.json",)), *tokenizer_files(origin)):
-        copy = folder / file.relative_to(origin)
-        copy.parent.mkdir(exist_ok=True)
-        if file.name == "tokenizer_config.json" and "auto_map" in (settings := read_json(file)):
-            del settings["auto_map"]  # names Python files that are neither run nor copied
-            copy.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(file, copy)
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / CARD_FILE).write_text(model_card(recipe, sources.reference.config, card), encoding="utf-8")
-
-
 def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The base's configuration with the type of the merged weights, in its parts as well."""
     changed: dict[str, Any] = {}
@@ -143,8 +139,8 @@ def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str]) -> None:
-    """Names, sizes and hashes of all files. Written last, when everything before it is on the disk."""
+def write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str], facts: Mapping[str, str]) -> None:
+    """Names, sizes and hashes of all files, and more ``facts``. Written last, when all before it is on the disk."""
     files = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
@@ -153,7 +149,7 @@ def _write_manifest(folder: Path, recipe: Recipe, hashes: Mapping[str, str]) -> 
         if file.is_file():
             files[name] = {"size": file.stat().st_size, "sha256": hashes.get(name) or _sha256(file)}
     sources = [{"role": role, "name": source.name, "sha256": content} for role, source, content in all_sources(recipe)]
-    manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "sources": sources, "files": files}
+    manifest = {"evomerge_manifest": 1, "recipe": recipe.hash, "sources": sources, **facts, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)

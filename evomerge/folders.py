@@ -12,11 +12,12 @@ from evomerge.errors import CheckpointError
 if TYPE_CHECKING:
     from evomerge.progress import Progress
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # fmt: off
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "chat_template.json", *PROCESSOR_FILES,
 )
 # fmt: on
 TEMPLATES = "additional_chat_templates"

@@ -169,7 +169,7 @@ class Merger:
                 for name in names:
                     for piece in self._merged(plan, name):
                         if piece.is_floating_point() and not math.isfinite(piece.sum(dtype=torch.float32)):
-                            _check_finite(name, piece)
+                            check_finite(name, piece)
                         writer.write(piece)
                         done += piece.numel() * piece.element_size()
                         if progress is not None:
@@ -279,7 +279,8 @@ def _on_device(device: str, base: Tensor | None, experts: Sequence[Any]) -> tupl
     return moved, [move(expert) for expert in experts]
 
 
-def _check_finite(name: str, piece: Tensor) -> None:
+def check_finite(name: str, piece: Tensor) -> None:
+    """CheckpointError if a merged number is NaN or infinite."""
     if not torch.isfinite(piece).all():
         raise NotFiniteError(
             f"the merged tensor {name} is not finite in {str(piece.dtype).removeprefix('torch.')}",

@@ -23,26 +23,56 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
         config: the base's config.json.
         card: what a study knows; every key may be absent. ``study`` and ``subject`` (names), ``scores`` (split ->
             {objective, tasks: {task: {score, items}}}), ``metrics`` (task -> metric), ``compute_dtype``, ``libraries``
-            (name -> version).
+            (name -> version); ``tokenizer`` and ``chat_template``, where they are not the base's.
     """
     head = {"library_name": "transformers", "tags": ["merge", "evomerge", recipe.method]}
     on_hub = [found.repo for _, source, _ in all_sources(recipe) if (found := _on_hub(source)) is not None]
     if on_hub:
         head |= {"base_model": list(dict.fromkeys(on_hub)), "base_model_relation": "merge"}
+    return _card(recipe, config, card, head, f"written in {recipe.export_dtype}")
+
+
+def adapter_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """The same for a merge that was written as a LoRA adapter."""
+    assert recipe.base is not None
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["merge", "evomerge", "lora", recipe.method]}
+    on_hub = _on_hub(recipe.base)
+    if on_hub is not None:
+        head |= {"base_model": on_hub.repo, "base_model_relation": "adapter"}
+    base = f"`{on_hub}`" if on_hub else f"`{_cell(recipe.base.name)}` below"
+    note = (
+        f"It belongs to the base {base}"
+        + (f", whose content has the SHA-256 `{recipe.base.sha256}`" if recipe.base.sha256 else "")
+        + ": `PeftModel.from_pretrained(base_model, FOLDER)`.\n\nThe experts' factors stand side by side in it, their "
+        "weights multiplied in: its task vector is the merge's own. A merged checkpoint would be rounded to "
+        f"{recipe.export_dtype} once the base is added, this is not: the scores of both are equal within rounding only"
+        + (", and those below are of merged checkpoints." if card.get("scores") else ".")
+    )
+    return _card(recipe, config, card, head, "written as a LoRA adapter", note)
+
+
+def _card(
+    recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any], head: dict[str, Any], how: str, note: str = ""
+) -> str:
     architecture = next(iter(config.get("architectures") or []), config.get("model_type", "model"))
     title = card.get("study") or "Merged model"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_cell(title)}",
         f"A merge of {_count(len(recipe.experts), 'expert')} of one base ({_cell(architecture)}) by `{recipe.method}`, "
-        f"written in {recipe.export_dtype} by evomerge {__version__}."
+        f"{how} by evomerge {__version__}."
         + (f" It is `{_cell(card['subject'])}` of the study." if card.get("subject") else ""),
+        *([note] if note else []),
         _sources(recipe),
         _weights(recipe),
     ]
     if card.get("scores"):
         parts.append(_scores(card))
     facts = [f"Computed in {card['compute_dtype']}."] if card.get("compute_dtype") else []
+    for key in ("tokenizer", "chat_template"):
+        if card.get(key):
+            scored = " The scores were taken with the base's." if card.get("scores") else ""
+            facts.append(f"{key.replace('_', ' ').capitalize()}: {_cell(card[key])}.{scored}")
     if card.get("libraries"):
         facts.append("Libraries: " + ", ".join(f"{_cell(n)} {_cell(v)}" for n, v in card["libraries"].items()) + ".")
     parts += facts

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from evomerge.errors import UserError
 
 LOG_EVERY_SECONDS = 5.0
 QUICK_SECONDS = 1.0  # reading and writing that takes less is not worth a line
@@ -28,6 +31,26 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str, *, where: str) -> int:
+    """Bytes in ``500MB``, ``2GB`` (decimal units), ``1.5GiB`` (powers of 1024) or ``1000``.
+
+    Raises UserError, naming ``where``, if it is no size above zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    number, unit, binary = match.groups() if match else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if size < 1 or (binary and not unit):
+        raise UserError(
+            f"a size above zero is a number with a unit, but this is {text!r}",
+            where=where,
+            remedy="Write it like 500MB, 2GB or 1.5GiB.",
+        )
+    return size
 
 
 class Stage:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints import check_tokenizers, open_checkpoint
-from evomerge.errors import CandidateError, EvaluatorError, SpecError, StudyError
+from evomerge.checkpoints import check_tokenizers, open_checkpoint, open_expert
+from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, SpecError, StudyError
 from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
 from evomerge.exporting import RECIPE_FILE
+from evomerge.folders import find_folder
 from evomerge.hub import fetch, hub_id
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
 from evomerge.methods.lookup import permit
@@ -34,6 +35,7 @@ class Scores:
     tasks: dict[str, float]
     objective: float
     recipe: Recipe | None
+    adapter: bool = False  # scored as a LoRA adapter beside its base
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Comparison:
 
 
 def score_target(target: Path, plan: Plan, split: str, *, allow_code: bool = False) -> Scores:
-    """Evaluate a checkpoint (a folder or an id, loaded by plain transformers) or a recipe file on one split.
+    """Evaluate a checkpoint or LoRA adapter (loaded by plain transformers and PEFT), or a recipe file, on one split.
 
     Items, batch layout, thread count and compute dtype are the experiment's, so that the outcomes can be compared bit
     for bit with a study's.
@@ -64,8 +66,11 @@ def score_target(target: Path, plan: Plan, split: str, *, allow_code: bool = Fal
     if not target.exists() and (wanted := hub_id(str(target))) is not None:
         target = fetch(wanted)
     if target.is_dir():
-        check_tokenizers(open_checkpoint(target), [plan.sources.reference])
         recipe = Recipe.load(target / RECIPE_FILE) if (target / RECIPE_FILE).is_file() else None
+        if _is_adapter(target):
+            _check_adapter(target, recipe, plan)
+        else:
+            check_tokenizers(open_checkpoint(target), [plan.sources.reference])
     elif target.is_file():
         recipe = permit(Recipe.load(target), allow=allow_code)
         if recipe.base is None:
@@ -84,7 +89,42 @@ def score_target(target: Path, plan: Plan, split: str, *, allow_code: bool = Fal
         raise EvaluatorError(f"{target} could not be evaluated: {error}") from error
     items = tuple(item for item in plan.items if item.split == split)
     scores = task_scores(plan.evaluator, items, outcomes)
-    return Scores(split, items, tuple(outcomes), scores, objective(spec.objective, plan.tasks, scores), recipe)
+    total = objective(spec.objective, plan.tasks, scores)
+    return Scores(split, items, tuple(outcomes), scores, total, recipe, _is_adapter(target))
+
+
+def _is_adapter(target: Path) -> bool:
+    return (target / "adapter_config.json").is_file()
+
+
+def _base_of(plan: Plan) -> Path:
+    assert plan.template.base is not None
+    return find_folder(plan.template.base.path)
+
+
+def _check_adapter(target: Path, recipe: Recipe | None, plan: Plan) -> None:
+    """UserError unless the adapter is plain LoRA on the experiment's base, and the evaluator takes models."""
+    open_expert(target, open_checkpoint(_base_of(plan)))
+    ours = plan.template.base.sha256 if plan.template.base else ""
+    theirs = recipe.base.sha256 if recipe is not None and recipe.base is not None else ""
+    if theirs and theirs != ours:
+        raise CheckpointError(
+            f"the adapter belongs to a base with the content {theirs[:16]}, but the experiment's base is {ours[:16]}",
+            where=str(target),
+            remedy="Name the experiment that it came from, or export it as a checkpoint.",
+        )
+    if plan.evaluator.needs != "model":
+        raise EvaluatorError(
+            f"an adapter is no checkpoint, which the evaluator needs: {target}",
+            remedy=f"Evaluate its {RECIPE_FILE}, or an export that is a checkpoint.",
+        )
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+    """``model`` with a LoRA adapter that PEFT puts into it beside its weights, as it is served: nothing is merged."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder)).get_base_model().eval().requires_grad_(False)
 
 
 @contextmanager
@@ -101,7 +141,10 @@ def _at_model(target: Path, recipe: Recipe | None, plan: Plan) -> Iterator[Targe
         )
         return Target(model, load_tokenizer(folder), plan.worker.device)
 
-    if target.is_dir() or recipe is None:
+    if _is_adapter(target):
+        place = resident(_base_of(plan))
+        place = replace(place, model=with_adapter(place.model, target))
+    elif target.is_dir() or recipe is None:
         place = resident(target)
     else:
         with built(recipe, Path(tempfile.gettempdir())) as ready:
@@ -205,4 +248,8 @@ def lines(scores: Scores, comparison: Comparison | None) -> Sequence[str]:
                 f"differs from the study's {comparison.key}: {comparison.equal} of {comparison.items} items equal, "
                 f"largest difference of a metric {comparison.largest:.2e}"
             )
+            if scores.adapter:
+                text.append(
+                    "an adapter promises the study's scores within rounding, not its numbers: it is not rounded"
+                )
     return text

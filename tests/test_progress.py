@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from evomerge import progress as progress_module
-from evomerge.progress import Progress, clock, size
+from evomerge.errors import UserError
+from evomerge.progress import Progress, clock, parse_size, size
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,20 @@ def test_bars_close_and_logged_lines_stand_above_them(capsys):
     text = capsys.readouterr().err
     assert "trial 1 failed [nan]" in text  # square brackets are text, not markup
     assert "2 of 2" in text and "best 0.5" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("2GB", 2 * 10**9), ("500MB", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("10kb", 10_000), ("3 TB", 3 * 10**12),
+        ("4096", 4096), ("7B", 7), ("1K", 1000), (" 5gib ", 5 * 2**30),
+    ],
+)  # fmt: skip
+def test_sizes_are_read(text: str, num_bytes: int):
+    assert parse_size(text, where="--shard-size") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GB", "-1GB", "GB", "1PB", "1 G B", "2iB", "big", "1e9", "0.1B"])
+def test_what_is_no_size(text: str):
+    with pytest.raises(UserError, match=r"--shard-size: .*(.|\n)*500MB"):
+        parse_size(text, where="--shard-size")

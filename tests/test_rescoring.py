@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.errors import StudyError
+from evomerge.adapter_export import export_adapter
+from evomerge.errors import CheckpointError, StudyError
 from evomerge.exporting import export
 from evomerge.launch import new_record, sqlite_url
 from evomerge.planning import build_plan
@@ -56,3 +57,22 @@ def test_checkpoint_folders_and_recipes_are_scored_by_programs_too(experiment, t
     assert merge.tasks["one"] == pytest.approx(sum(o.values["score"] for o in merge.outcomes) / 2)
     assert base.outcomes != merge.outcomes
     assert list((path.parent / "scratch").iterdir()) == []
+
+
+def test_an_adapter_is_scored_on_its_base(experiment, tmp_path: Path):
+    """With export_dtype float32 the merge is rounded no more than the adapter: scores agree to float32's rounding."""
+    plan = build_plan(load_spec(experiment(export_dtype="float32")), Progress(quiet=True))
+    recipe = replace(plan.template, groups=(Group((0.5, 0.25)),))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    adapter = export_adapter(recipe, tmp_path / "adapter")
+    by_adapter, by_recipe, base = (
+        score_target(t, plan, "select") for t in (adapter, tmp_path / "recipe.yaml", plan.spec.base_path)
+    )
+    assert by_adapter.recipe is not None and by_adapter.recipe.hash == recipe.hash
+    for ours, theirs, plain in zip(by_adapter.outcomes, by_recipe.outcomes, base.outcomes, strict=True):
+        assert ours.values["score"] == pytest.approx(theirs.values["score"], abs=1e-5)
+        assert abs(ours.values["score"] - plain.values["score"]) > 1e-3
+    text = (adapter / "recipe.yaml").read_text().replace(recipe.base.sha256, "ab" * 32)
+    (adapter / "recipe.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match="belongs to a base"):
+        score_target(adapter, plan, "select")

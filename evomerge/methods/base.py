@@ -114,6 +114,13 @@ class Method(ABC):
         """True if the merged tensor is affine in the weights for these parameters."""
         return False
 
+    def task_coefficients(self, weights: Sequence[float], **params: Any) -> list[float] | None:
+        """c with merged = theta_0 + sum c_t tau_t for these weights and all the parameters; None if there is none.
+
+        What such a merge makes of LoRA adapters is a LoRA adapter.
+        """
+        return None
+
     def chunked_with(self, state: State | None, **params: Any) -> bool:
         """True if ``merge`` may be called on flat slices with this state and these parameters.
 

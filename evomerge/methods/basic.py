@@ -31,6 +31,13 @@ class Linear(Method):
     def is_linear(self, **params: Any) -> bool:
         return not params.get("normalize", self.params["normalize"].default)
 
+    def task_coefficients(self, weights: Sequence[float], **params: Any) -> list[float] | None:
+        """The weights, where they sum to 1 (if ``normalize``: after the division)."""
+        total = math.fsum(weights)
+        if params["normalize"]:
+            return None if _sums_to_zero(weights) else [weight / total for weight in weights]
+        return list(weights) if total == 1 else None
+
     def combine(
         self,
         base: Tensor | None,
@@ -45,7 +52,7 @@ class Linear(Method):
         divisor = 1.0
         if normalize:
             divisor = math.fsum(weights)
-            if abs(divisor) <= 1e-12 * math.fsum(map(abs, weights)):
+            if _sums_to_zero(weights):
                 raise MethodError(
                     f"method linear with normalize divides by the sum of the weights, but {list(weights)} sum to zero",
                     remedy="Keep the weights positive, or set normalize: false.",
@@ -69,6 +76,10 @@ class Linear(Method):
         return experts[0].to(dtype, copy=True).zero_() if total is None else total
 
 
+def _sums_to_zero(weights: Sequence[float]) -> bool:
+    return abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
+
+
 @final
 class TaskArithmetic(Method):
     """theta_0 + scale sum_t w_t tau_t. The paper's lambda is the weight; a negative one forgets a task."""
@@ -82,6 +93,9 @@ class TaskArithmetic(Method):
 
     def is_linear(self, **params: Any) -> bool:
         return True
+
+    def task_coefficients(self, weights: Sequence[float], **params: Any) -> list[float] | None:
+        return [params["scale"] * weight for weight in weights]
 
     def combine(
         self,

@@ -264,6 +264,10 @@ class DareLinear(_Dare):
     def is_linear(self, **params: Any) -> bool:
         return True
 
+    def task_coefficients(self, weights: Sequence[float], **params: Any) -> list[float] | None:
+        """Where nothing is dropped."""
+        return [params["scale"] * weight for weight in weights] if params["density"] == 1 else None
+
     def combine(
         self,
         base: Tensor,

@@ -285,6 +285,18 @@ class MethodContract:
                 between = self.merge(base, experts, weights=middle, **params)
                 torch.testing.assert_close(between, 0.25 * ends[0] + 0.75 * ends[1], rtol=1e-12, atol=1e-12)
 
+    def test_task_coefficients_are_the_merge(self) -> None:
+        base, experts = make_tensors((20, 20), self.num_experts(), dtype=torch.float64)
+        count = len(experts)
+        for weights in (self.weights(count), [1.0 / count] * count, [0.0] * count):
+            for params in self.all_settings():
+                given = check_params(self.method.name, self.method, params)
+                coefficients = self.method.task_coefficients(weights, **given)
+                if coefficients is not None:
+                    tau = sum(c * (expert - base) for c, expert in zip(coefficients, experts, strict=True))
+                    merged = self.merge(base, experts, weights=weights, **params)
+                    torch.testing.assert_close(merged, base + tau, rtol=1e-12, atol=1e-12)
+
     # -- refusals
 
     def test_refuses_what_it_does_not_take(self) -> None:

@@ -273,6 +273,60 @@ def test_export_of_a_trial(server: Server, finished: tuple[Path, Run], tmp_path:
     assert recipe["groups"] == trial.recipe["groups"]
 
 
+def test_export_as_an_adapter(server: Server, finished: tuple[Path, Run], tmp_path: Path):
+    """The search rounded to bfloat16 and the adapter does not: close to the study's scores, and not them."""
+    path, _ = finished
+    server.run("export", path, "--out", tmp_path / "adapter", "--as", "adapter", "--chat-template", chat(tmp_path))
+    assert {"adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= files(tmp_path / "adapter")
+    again = json_of(server.run("evaluate", tmp_path / "adapter", path, "--split", "select", "--format", "json"))
+    stored = dict(store(path).evaluation(f"{winner(path)}/select").scores)
+    assert again["tasks"] == pytest.approx(stored, abs=0.02)
+    run = server.run("evaluate", tmp_path / "adapter", path, "--compare", code=3)
+    assert "an adapter promises" in run.out
+
+
+def chat(folder: Path) -> Path:
+    (folder / "chat.jinja").write_text("{{ messages[0].content }}")
+    return folder / "chat.jinja"
+
+
+def test_export_in_shards(server: Server, finished: tuple[Path, Run], exported: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    server.run("export", finished[0], "--out", tmp_path / "out", "--shard-size", "50kB", "--tokenizer", "base")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    merged = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    whole = load_file(exported / "model.safetensors")
+    assert merged.keys() == whole.keys()
+    assert all((merged[name] == whole[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--as", "gguf"], ["--as", "adapter"]),
+        (["--as", "adapter", "--shard-size", "1GB"], ["--shard-size", "one file"]),
+        (["--shard-size", "huge"], ["--shard-size", "2GB"]),
+        (["--tokenizer", "expert:chat"], ["--tokenizer", "expert0"]),
+        (["--chat-template", "expert:expert0"], ["no chat template", ".jinja"]),
+        (["--as", "adapter", "--trial", "ties"], ["method ties", "--as adapter"]),
+    ],
+)
+def test_export_options_that_are_wrong(
+    server: Server, finished: tuple[Path, Run], exported: Path, tmp_path: Path, options: list[str], words: list[str]
+):
+    if options[-1] == "ties":
+        text = (exported / "recipe.yaml").read_text().replace("method: task_arithmetic", "method: ties")
+        (tmp_path / "ties.yaml").write_text(text)
+        run = server.run("merge", tmp_path / "ties.yaml", *options[:2], "--out", tmp_path / "out", code=2)
+    else:
+        run = server.run("export", finished[0], "--out", tmp_path / "out", *options, code=2)
+    for word in words:
+        assert word in run.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_into_a_folder_that_is_not_empty(server: Server, finished: tuple[Path, Run], tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
