@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,22 +19,25 @@ EXPERIMENT = """\
 
 name: {name}
 
-# The common ancestor of the experts: a Hugging Face folder with safetensors. To get one:
-#     hf download HuggingFaceTB/SmolLM2-135M --local-dir models/smollm2
+# The common ancestor of the experts: a folder with a model in safetensors, or its id on the Hugging Face hub, such as
+# HuggingFaceTB/SmolLM2-135M or org/name@revision, which is fetched once and recorded by its commit.
 base: models/base
 
-# Fine-tuned checkpoints of the base, or PEFT LoRA adapters of it, by names of your choice.
+# Fine-tuned checkpoints of the base, or PEFT LoRA adapters of it, by names of your choice: folders or ids, or recipes
+# (files that say what to merge) for what they make.
 experts:
   count: models/count
   letters: models/letters
 
-# What may move. Ready-made spaces are named like  space: search_spaces/task.yaml  (also global, layer_groups, module);
+# What may move. Ready-made spaces are named like  space: search_spaces/task.yaml
+# {spaces}
 # `evomerge methods` lists the methods and their parameters.
 space:
   method: task_arithmetic
   weights: {{granularity: layer_groups, groups: 2, range: [0.0, 1.5], initial: 0.5}}
 
-# cma (CMA-ES), tpe, gp, random, sobol or grid. More dimensions need more candidates.
+# {searchers}
+# cma is CMA-ES. More dimensions need more candidates.
 search: {{method: cma, budget: 40}}
 
 # What candidates are evaluated on. With my_eval.py, a function of yours; with evaluators/harness.py, lm-eval tasks:
@@ -102,13 +106,27 @@ def scaffold(out: Path, progress: Callable[[int, int], None] | None = None) -> P
 
     out = Path(out).absolute()
     with whole_folder(out) as folder:
-        (folder / "experiment.yaml").write_text(EXPERIMENT.format(name=_name(out.name)), encoding="utf-8")
+        (folder / "experiment.yaml").write_text(_experiment(_name(out.name)), encoding="utf-8")
         (folder / "my_eval.py").write_text(EVALUATOR, encoding="utf-8")
         texts: dict[str, list[str]] = {}
         for item in runpy.run_path(str(folder / "my_eval.py"))["items"]():
             texts.setdefault(item["task"], []).append(item["text"])
         train_family(folder / "models", texts, progress=progress)
     return out
+
+
+def _experiment(name: str) -> str:
+    """The experiment file; what there is to choose from is named by those who know."""
+    from evomerge.searchers import SEARCHERS
+    from evomerge.spec import shipped
+
+    spaces = sorted(path.stem for path in shipped("search_spaces").glob("*.yaml") if path.stem != "task")
+    width = {"width": 118, "break_long_words": False, "break_on_hyphens": False}
+    lists = {
+        "searchers": textwrap.fill(f"How to search: {', '.join(SEARCHERS)}.", **width).replace("\n", "\n# "),
+        "spaces": textwrap.fill(f"(also {', '.join(spaces)});", **width).replace("\n", "\n# "),
+    }
+    return EXPERIMENT.format(name=name, **lists)
 
 
 def _name(folder: str) -> str:

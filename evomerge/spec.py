@@ -53,11 +53,11 @@ def resolve_file(name: str, folder: Path, kind: Literal["search_spaces", "evalua
         SpecError: there is none; names the places that were looked at, and the nearest shipped one.
     """
     wanted = Path(name).expanduser()
-    shipped = _shipped(kind)
+    ours = shipped(kind)
     inner = Path(*wanted.parts[1:]) if wanted.parts[:1] == (kind,) else wanted
-    places = [folder / wanted] if wanted.is_absolute() else [folder / wanted, shipped / inner]
+    places = [folder / wanted] if wanted.is_absolute() else [folder / wanted, ours / inner]
     for place in places:
-        if place.is_file() and (place == places[0] or place.resolve().is_relative_to(shipped.resolve())):
+        if place.is_file() and (place == places[0] or place.resolve().is_relative_to(ours.resolve())):
             return place.resolve()
     known = _shipped_names(kind)
     raise SpecError(
@@ -68,10 +68,11 @@ def resolve_file(name: str, folder: Path, kind: Literal["search_spaces", "evalua
 
 def _shipped_names(kind: Literal["search_spaces", "evaluators"]) -> list[str]:
     suffix = "*.yaml" if kind == "search_spaces" else "*.py"
-    return [f"{kind}/{path.name}" for path in _shipped(kind).glob(suffix)]
+    return [f"{kind}/{path.name}" for path in shipped(kind).glob(suffix)]
 
 
-def _shipped(kind: str) -> Path:
+def shipped(kind: str) -> Path:
+    """The folder of what comes with evomerge: search_spaces, evaluators or experiments."""
     package = Path(__file__).resolve().parent
     data = package / "_data"  # in a wheel; a checkout has the folders beside the package
     return (data if data.is_dir() else package.parent) / kind

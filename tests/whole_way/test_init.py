@@ -22,7 +22,9 @@ def test_a_new_folder_runs_at_once(server: Server, tmp_path: Path):
     run = server.run("init", "my search!", cwd=tmp_path)
     folder = tmp_path / "my search!"
     assert "evomerge run experiment.yaml" in run.out
-    assert yaml.safe_load((folder / "experiment.yaml").read_text())["name"] == "my-search"
+    text = (folder / "experiment.yaml").read_text()
+    assert yaml.safe_load(text)["name"] == "my-search"
+    assert max(map(len, text.splitlines())) <= 120
     server.run("run", "experiment.yaml", "--budget", "6", cwd=folder)
     board = json_of(server.run("leaderboard", "experiment.yaml", "--format", "json", cwd=folder))
     score = {row["subject"]: {task: s["value"] for task, s in row["tasks"].items()} for row in board["test"]}
