@@ -284,8 +284,10 @@ def evaluate(
     store = open_study(str(experiment), storage) if compare else None
     if store is not None:
         rescoring.check_comparable(plan, store)
-    scores = rescoring.score_target(target, plan, split, allow_code=allow_code)
-    comparison = rescoring.compare(scores, store) if store else None
+    elif plan.objective.subjects:
+        store = _study_if_any(str(experiment), storage)
+    scores = rescoring.score_target(target, plan, split, allow_code=allow_code, study=store)
+    comparison = rescoring.compare(scores, store) if store and compare else None
     if format == "json":
         print(json.dumps(rescoring.as_json(scores, comparison), indent=2))
     else:
@@ -357,6 +359,16 @@ def doctor() -> None:
         print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.found}")
     if not all(check.ok for check in checks):
         raise typer.Exit(EXIT_INPUT)
+
+
+def _study_if_any(experiment: str, storage: str | None) -> Any:
+    from evomerge.errors import StudyError
+    from evomerge.launch import open_study
+
+    try:
+        return open_study(experiment, storage)
+    except StudyError:
+        return None
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> None:

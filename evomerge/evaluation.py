@@ -43,7 +43,6 @@ __all__ = [
     "assign_splits",
     "check_outcomes",
     "load_evaluator",
-    "objective",
     "task_scores",
 ]
 
@@ -398,21 +397,3 @@ def task_scores(evaluator: Evaluator, items: Sequence[Item], outcomes: Sequence[
         if not math.isfinite(score):
             raise CandidateError("nan", f"the score of task {task} is {score}")
     return scores
-
-
-def objective(spec_objective: str, tasks: Mapping[str, TaskSpec], scores: Mapping[str, float]) -> float:
-    """What a searcher maximises: ``mean``, weighted by the tasks' weights, or ``min`` over tasks of positive weight.
-
-    Raises:
-        EvaluatorError: the objective is unknown, or no task has a positive weight.
-    """
-    weighted = {name: task.weight for name, task in tasks.items() if task.weight > 0}
-    if not weighted:
-        raise EvaluatorError("at least one task needs a weight above 0", where="evaluate.tasks")
-    if spec_objective == "min":
-        return min(scores[name] for name in weighted)
-    if spec_objective == "mean":
-        return math.fsum(scores[name] * weight for name, weight in weighted.items()) / math.fsum(weighted.values())
-    raise EvaluatorError(
-        f"there is no objective {spec_objective!r}", where="objective", remedy=nearest(spec_objective, ("mean", "min"))
-    )

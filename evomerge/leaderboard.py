@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from evomerge import statistics as st
+from evomerge.estimates import Aggregate, Estimates
 from evomerge.leaderboard_text import render_terminal, to_csv, to_json, to_markdown
+from evomerge.objectives import Objective, merit
+from evomerge.ranking import Judge, choose_winner, find_winner, is_candidate, is_control, ranked_trials
 from evomerge.statistics import Difference, Estimate
 
 if TYPE_CHECKING:
-    from evomerge.evaluation import Outcome
     from evomerge.store import Evaluation, Store, TrialRecord
 
 __all__ = [
-    "Difference", "Estimate", "Leaderboard", "Row", "choose_winner", "find_winner", "leaderboard", "render_terminal",
-    "to_csv", "to_json", "to_markdown",
+    "Aggregate", "Difference", "Estimate", "Leaderboard", "Row", "choose_winner", "find_winner", "leaderboard",
+    "render_terminal", "to_csv", "to_json", "to_markdown",
 ]  # fmt: skip
 
 SHOWN_SEARCH_ONLY = 10
 SIGNIFICANT = 0.05
-Aggregate = Callable[[str, Sequence["Outcome"]], float]
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,10 @@ class Row:
     subject: str
     name: str
     kind: Literal["candidate", "control"]
-    score: Estimate | None  # the objective
-    tasks: Mapping[str, Estimate]
+    score: Estimate | None  # the objective; of several, their mean
+    objectives: Mapping[str, Estimate]  # each of them, where there are several
+    misses: tuple[str, ...]  # the constraints that it misses, in words
+    tasks: Mapping[str, Estimate]  # as they are, relative to nothing
     difference: Difference | None  # to the best control, on the same items; None for that control itself
     search: float | None  # its objective on search: what it was chosen by, and too high for the best
     failures: int  # attempts that failed
@@ -52,60 +51,18 @@ class Leaderboard:
 
     study: str
     tasks: tuple[str, ...]
+    objectives: tuple[str, ...]
+    constraints: tuple[str, ...]
     select: tuple[Row, ...]  # candidates and controls, best first
     test: tuple[Row, ...]
     search_only: tuple[Row, ...]  # the best by search score that were not re-tested: optimistic
     failed: tuple[tuple[str, str], ...]  # (name, reason) of controls and finalists without a score
+    front: tuple[str, ...]  # with several objectives: the subjects that nothing on select beats in all of them
     winner: str | None  # subject
     best_control: str | None  # subject, chosen on select
     tested: Difference | None  # winner minus best control, on test
     verdict: str
     notes: tuple[str, ...]
-
-
-def choose_winner(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The candidate (``trial:`` or ``recommended:``) with the highest objective on select, or None.
-
-    Ties go to the higher search score where ``evaluations`` holds it, then to the lower number, trials first.
-    """
-    evaluations = list(evaluations)
-    search = {e.subject: e.objective for e in evaluations if e.split == "search"}
-    latest = {e.subject: e for e in evaluations if e.split == "select" and is_candidate(e.subject)}
-    return next(iter(_ranked(latest.values(), search)), None)
-
-
-def _ranked(candidates: Iterable[Evaluation], search: Mapping[str, float]) -> list[Evaluation]:
-    def order(e: Evaluation) -> tuple[Any, ...]:
-        kind, _, number = e.subject.partition(":")
-        return (-e.objective, -search.get(e.subject, -math.inf), kind != "trial", int(number))
-
-    return sorted(candidates, key=order)
-
-
-def find_winner(record: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The winner of the latest finished round; while the first round is not finished, the best on select so far.
-
-    Args:
-        record: the study's; its ``rounds`` name the winners of finished rounds.
-        evaluations: at least those on select and test.
-    """
-    best = choose_winner(evaluations)
-    tested = {e.subject for e in evaluations if e.split == "test"}
-    if best is None or best.subject in tested:
-        return best
-    for finished in reversed(record.get("rounds", [])):
-        for e in evaluations:
-            if e.split == "select" and e.subject == finished["winner"] and e.subject in tested:
-                return e
-    return best
-
-
-def is_candidate(subject: str) -> bool:
-    return subject.startswith(("trial:", "recommended:"))
-
-
-def is_control(subject: str) -> bool:
-    return subject.startswith("control:")
 
 
 def leaderboard(store: Store, *, aggregate: Aggregate | None = None) -> Leaderboard:
@@ -123,8 +80,7 @@ class _Board:
     """One reading of the store, and what is computed from it."""
 
     def __init__(self, store: Store, aggregate: Aggregate | None):
-        self.aggregate = aggregate
-        self.record, self.trials, self.item_tasks = store.record, store.trials(), store.item_tasks()
+        self.record, self.trials, item_tasks = store.record, store.trials(), store.item_tasks()
         self.splits = Counter(item.split for item in store.items())
         self.select = {e.subject: e for e in store.evaluations("select", True)}
         self.test = {e.subject: e for e in store.evaluations("test", True)}
@@ -137,34 +93,39 @@ class _Board:
         spec = self.record.get("spec", {})
         self.study = spec.get("name") or store.name
         self.schedule = spec.get("search", {}).get("schedule", "reproducible")
-        self.objective = spec.get("objective") or "mean"
         tasks = spec.get("evaluate", {}).get("tasks") or spec.get("tasks") or {}
-        weights = {t: float((fields or {}).get("weight", 1.0)) for t, fields in tasks.items()}
-        if not weights:
-            weights = {t: 1.0 for e in (*self.select.values(), *self.test.values()) for t in e.scores}
-        total = sum(weights.values()) or 1.0
-        self.shares = {t: w / total for t, w in weights.items()}
-        self.metrics = self.record.get("metrics", {})
-        self._aggregated: dict[tuple[str, str, tuple[str, ...]], st.Array] = {}
+        tasks = tasks or {t: {} for e in (*self.select.values(), *self.test.values()) for t in e.scores}
+        self.tasks = tuple(tasks)
+        self.objective = Objective.of_record(self.record, self.tasks)
+        self.estimates = Estimates(self.objective, self.tasks, self.record.get("metrics", {}), item_tasks, aggregate)
+        self.merits = {s: merit(score) for s, score in self.search.items()}  # on search
+        self.merits |= {f"trial:{t.n}": t.merit for t in self.trials}
+        self.judges = {split: Judge(self.objective, of.values()) for split, of in self._retested.items()}
+
+    @property
+    def _retested(self) -> dict[str, dict[str, Evaluation]]:
+        return {"select": self.select, "test": self.test}
 
     def build(self) -> Leaderboard:
         controls = [e for s, e in self.select.items() if is_control(s)]
-        best_control = max(controls, key=lambda e: e.objective, default=None)
-        searched = [e for e in self.select.values() if is_candidate(e.subject)]
-        searches = [replace(e, split="search", objective=self.search.get(e.subject, -math.inf)) for e in searched]
-        winner = find_winner(self.record, [*searches, *searched, *self.test.values()])
-        select = self._rows(self.select, best_control.subject if best_control else None)
+        best_control = max(controls, key=self.judges["select"].merit, default=None)
+        winner = find_winner(self.record, [*self.select.values(), *self.test.values()], self.merits)
+        select = self._rows("select", self.select, best_control.subject if best_control else None)
+        front = self.judges["select"].front(list(self.select.values())) if self.objective.several else set()
         shown = {s: e for s, e in self.test.items() if is_control(s) or (winner and s == winner.subject)}
         in_test = winner is not None and winner.subject in shown
-        test = self._rows(shown, best_control.subject if best_control else None) if in_test else ()
+        test = self._rows("test", shown, best_control.subject if best_control else None) if in_test else ()
         tested = next((r.difference for r in test if winner and r.subject == winner.subject), None)
         board = Leaderboard(
             study=self.study,
-            tasks=tuple(self.shares),
+            tasks=self.tasks,
+            objectives=self.objective.names,
+            constraints=tuple(bound.text() for bound in self.objective.bounds),
             select=select,
             test=test,
             search_only=self._search_only(),
             failed=self._failed(),
+            front=tuple(r.subject for r in select if r.subject in front),
             winner=winner.subject if winner else None,
             best_control=best_control.subject if best_control else None,
             tested=tested,
@@ -173,110 +134,33 @@ class _Board:
         )
         return replace(board, verdict=_verdict(board, self.trials))
 
-    def _rows(self, evaluations: Mapping[str, Evaluation], reference: str | None) -> tuple[Row, ...]:
+    def _rows(self, split: str, evaluations: Mapping[str, Evaluation], reference: str | None) -> tuple[Row, ...]:
         """Best first; a control goes before a candidate of the same score: it is the simpler answer."""
         against = evaluations.get(reference) if reference else None
-        ranked = _ranked((e for s, e in evaluations.items() if is_candidate(s)), self.search)
-        controls = [self._row(e, None, against) for s, e in evaluations.items() if is_control(s)]
-        candidates = [self._row(e, rank, against) for rank, e in enumerate(ranked, 1)]
-        return tuple(sorted([*controls, *candidates], key=lambda r: -r.score.value if r.score else math.inf))
+        judge = self.judges[split]
+        ranked = judge.ranked((e for s, e in evaluations.items() if is_candidate(s)), self.merits)
+        ranks = {e.subject: rank for rank, e in enumerate(ranked, 1)}
+        controls = [e for s, e in evaluations.items() if is_control(s)]
+        best_first = sorted([*controls, *ranked], key=judge.merit, reverse=True)
+        return tuple(self._row(e, ranks.get(e.subject), against, judge(e).misses) for e in best_first)
 
-    def _row(self, e: Evaluation, rank: int | None, against: Evaluation | None) -> Row:
-        difference = None if against is None or against.subject == e.subject else self._difference(e, against)
+    def _row(self, e: Evaluation, rank: int | None, against: Evaluation | None, misses: tuple[str, ...]) -> Row:
+        compared = against if against is not None and against.subject != e.subject else None
+        difference = None if compared is None else self.estimates.difference(e, compared)
         return Row(
             rank=rank,
             subject=e.subject,
             name=name_of(e.subject),
             kind="control" if is_control(e.subject) else "candidate",
-            score=self._objective_estimate(e),
-            tasks={t: self._task_estimate(e, t) for t in self.shares if t in e.scores},
+            score=self.estimates.score(e),
+            objectives=self.estimates.objectives(e) if self.objective.several else {},
+            misses=misses,
+            tasks={t: self.estimates.task(e, t) for t in self.tasks if t in e.scores},
             difference=difference,
             search=self.search.get(e.subject),
             failures=self._failures[e.subject],
             merge=merge_in_short(e.recipe),
         )
-
-    # Statistics
-
-    def _by_task(self, e: Evaluation) -> dict[str, list[Outcome]]:
-        by_task: dict[str, list[Outcome]] = {t: [] for t in self.shares}
-        for outcome in e.outcomes or ():
-            task = self.item_tasks.get(outcome.item_id)
-            if task in by_task:
-                by_task[task].append(outcome)
-        return by_task
-
-    def _is_mean(self, task: str) -> bool:
-        return bool(self.metrics.get(task, {}).get("item_mean"))
-
-    def _values(self, task: str, outcomes: Sequence[Outcome]) -> tuple[st.Array, st.Array]:
-        metric = self.metrics[task]["metric"]
-        values = np.array([o.values[metric] for o in outcomes], dtype=float)
-        return values, np.array([o.weight for o in outcomes], dtype=float)
-
-    def _task_estimate(self, e: Evaluation, task: str) -> Estimate:
-        outcomes, score = self._by_task(e)[task], e.scores[task]
-        if outcomes and self._is_mean(task):
-            estimate = st.mean_interval(*self._values(task, outcomes))
-            if math.isclose(estimate.value, score, rel_tol=1e-6, abs_tol=1e-9):
-                return replace(estimate, value=score)
-        elif outcomes and self.aggregate is not None:
-            return st.bootstrap_estimate(score, self._samples(e, {task: outcomes})[task], len(outcomes))
-        return Estimate(score, None, None, len(outcomes))
-
-    def _objective_estimate(self, e: Evaluation) -> Estimate:
-        by_task = self._by_task(e)
-        n = sum(map(len, by_task.values()))
-        if self.objective == "mean" and all(t in e.scores for t in self.shares):
-            whole = st.combine([(share, self._task_estimate(e, t)) for t, share in self.shares.items()])
-            if math.isclose(whole.value, e.objective, rel_tol=1e-6, abs_tol=1e-9):
-                return replace(whole, value=e.objective)
-        elif self.objective == "min" and self._can_resample(by_task):
-            return st.bootstrap_estimate(e.objective, self._objective_samples(e, by_task), n)
-        return Estimate(e.objective, None, None, n)
-
-    def _difference(self, e: Evaluation, against: Evaluation) -> Difference:
-        """``e`` minus ``against`` on the items that both were evaluated on."""
-        first, second = self._by_task(e), self._by_task(against)
-        for task in self.shares:
-            one, other = {o.item_id: o for o in first[task]}, {o.item_id: o for o in second[task]}
-            first[task] = [o for i, o in one.items() if i in other]
-            second[task] = [other[o.item_id] for o in first[task]]
-        n = sum(map(len, first.values()))
-        value = e.objective - against.objective
-        if self.objective == "mean" and all(self._is_mean(t) and first[t] for t in self.shares):
-            strata = []
-            for task, share in self.shares.items():
-                values, weights = self._values(task, first[task])
-                strata.append(st.Stratum(share, values, self._values(task, second[task])[0], weights))
-            return st.paired_difference(strata)
-        if self.objective in ("mean", "min") and self._can_resample(first):
-            samples = self._objective_samples(e, first) - self._objective_samples(against, second)
-            return st.bootstrap_difference(value, samples, n)
-        return Difference(value, None, None, None, n, "none")
-
-    def _can_resample(self, by_task: Mapping[str, Sequence[Outcome]]) -> bool:
-        return all(by_task[t] and (self._is_mean(t) or self.aggregate is not None) for t in self.shares)
-
-    def _objective_samples(self, e: Evaluation, by_task: Mapping[str, Sequence[Outcome]]) -> st.Array:
-        return st.objective_of(self.objective, self.shares, self._samples(e, by_task))
-
-    def _samples(self, e: Evaluation, by_task: Mapping[str, Sequence[Outcome]]) -> dict[str, st.Array]:
-        """Task -> scores of the bootstrap samples. The same positions for every subject, hence paired."""
-        picked = st.resampled_items({t: len(outcomes) for t, outcomes in by_task.items()})
-        samples = {}
-        for task, outcomes in by_task.items():
-            if self._is_mean(task):
-                samples[task] = st.resampled_mean(*self._values(task, outcomes), picked[task])
-            else:
-                assert self.aggregate is not None
-                # The slow part, and wanted again for the task, the objective and each difference to this subject.
-                key = (e.key, task, tuple(o.item_id for o in outcomes))
-                if key not in self._aggregated:
-                    scores = [self.aggregate(task, [outcomes[i] for i in row]) for row in picked[task]]
-                    self._aggregated[key] = np.array(scores)
-                samples[task] = self._aggregated[key]
-        return samples
 
     # What did not make it into the ranking
 
@@ -285,16 +169,19 @@ class _Board:
         return Counter(_split_key(a.key)[0] for a in self.attempts if a.state not in ("started", "complete"))
 
     def _search_only(self) -> tuple[Row, ...]:
-        complete = [t for t in self.trials if t.score is not None and f"trial:{t.n}" not in self.select]
-        best = sorted(complete, key=lambda t: (-(t.score or 0.0), t.n))[:SHOWN_SEARCH_ONLY]
+        best = ranked_trials([t for t in self.trials if f"trial:{t.n}" not in self.select], SHOWN_SEARCH_ONLY)
         return tuple(
             Row(
-                rank=None, subject=f"trial:{t.n}", name=f"trial {t.n}", kind="candidate", score=None, tasks={},
-                difference=None, search=t.score, failures=self._failures[f"trial:{t.n}"],
-                merge=merge_in_short(t.recipe),
+                rank=None, subject=f"trial:{t.n}", name=f"trial {t.n}", kind="candidate", score=None, objectives={},
+                misses=self._missed_on_search(t), tasks={}, difference=None, search=t.score,
+                failures=self._failures[f"trial:{t.n}"], merge=merge_in_short(t.recipe),
             )
             for t in best
         )  # fmt: skip
+
+    def _missed_on_search(self, trial: TrialRecord) -> tuple[str, ...]:
+        missed = zip(self.objective.bounds, trial.margins, strict=False)
+        return tuple(bound.text() for bound, margin in missed if margin > 0)
 
     def _failed(self) -> tuple[tuple[str, str], ...]:
         """Controls, and candidates that were re-tested, whose last word on a split is a failure."""
@@ -307,6 +194,9 @@ class _Board:
         return tuple(failed)
 
     def _notes(self, winner: Evaluation | None) -> Iterable[str]:
+        if not self.objective.plain or self.objective.normalizers:
+            what, *constraints = self.objective.text()
+            yield f"Objective: {what}." + (f" Constraints: {'; '.join(constraints)}." if constraints else "")
         states = Counter(t.state for t in self.trials)
         kinds = Counter((t.failure or "unknown").partition(":")[0] for t in self.trials if t.state == "fail")
         why = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})" if kinds else ""
@@ -324,13 +214,14 @@ class _Board:
         elif self.test:
             yield "The test items have been read once."
         if winner is not None and winner.subject in self.test:
-            best = _ranked((e for s, e in self.select.items() if is_candidate(s)), self.search)[0]
+            candidates = (e for s, e in self.select.items() if is_candidate(s))
+            best = self.judges["select"].ranked(candidates, self.merits)[0]
             if best.subject not in self.test:
                 yield f"A later round is not finished; {name_of(best.subject)} leads it on select. Resume to finish it."
         if self.select and len({tuple(sorted(o.item_id for o in e.outcomes or ())) for e in self.select.values()}) > 1:
             yield "The items have changed during the study: differences are taken on the items both sides share."
-        if not all(self._is_mean(t) for t in self.shares) and self.aggregate is None and self.select:
-            odd = ", ".join(t for t in self.shares if not self._is_mean(t))
+        odd = ", ".join(t for t in self.tasks if not self.estimates.is_mean(t))
+        if odd and self.estimates.aggregate is None and self.select:
             yield f"No intervals for {odd}: the score is not a mean over items, and its evaluator was not at hand."
 
 
@@ -378,23 +269,54 @@ def _verdict(board: Leaderboard, trials: Sequence[TrialRecord]) -> str:
         complete = [t for t in trials if t.score is not None]
         if not complete:
             return f"No candidate has been evaluated yet ({len(trials)} proposed)."
-        best = max(complete, key=lambda t: (t.score, -t.n))
+        best = max(complete, key=lambda t: (t.merit, -t.n))
+        keeps = "" if not best.violation else " No candidate keeps every constraint so far, and it misses the least."
         return (
             f"Not finished: trial {best.n} has the best search score, {best.score:.3f}, which is optimistic; no "
-            "candidate has been re-tested on select yet."
+            f"candidate has been re-tested on select yet.{keeps}"
         )
     winner = name_of(board.winner)
     if board.best_control is None:
         return f"{_start(winner)} is the best candidate on select, but no control has a score to compare it with."
     control = f"the best control ({name_of(board.best_control)})"
-    if board.tested is not None:
-        return _tested_verdict(board.tested, winner, control)
     row = next(r for r in board.select if r.subject == board.winner)
+    first = " ".join([*_missing(board, row), *_on_the_front(board)])
+    if board.tested is not None:
+        return f"{first} {_tested_verdict(board.tested, winner, control)}".strip()
     assert row.difference is not None
-    return (
+    return f"{first} ".lstrip() + (
         f"Not finished: {winner} is the best candidate on select, {_by(row.difference)} against {control} there, which "
         "flatters it, since it was chosen on these items; on test they have not been compared yet."
     )
+
+
+def _missing(board: Leaderboard, winner: Row) -> Iterable[str]:
+    """What constraints the winner misses: on select only if every candidate does, and on test whatever was chosen."""
+    if winner.misses:
+        yield (
+            f"No candidate keeps every constraint on select; {winner.name} is the nearest, but "
+            f"{' and '.join(winner.misses)}."
+        )
+    tested = next((r for r in board.test if r.subject == winner.subject), None)
+    if tested is not None and tested.misses:
+        yield f"On test {winner.name} misses a constraint: {' and '.join(tested.misses)}."
+
+
+def _on_the_front(board: Leaderboard) -> Iterable[str]:
+    if len(board.objectives) < 2:
+        return
+    members = [s for s in board.front if is_candidate(s)]
+    if not members:
+        yield "No candidate is on the front of select: in every objective a control is as good."
+    elif board.winner in members:
+        yield (
+            f"{_count(len(members), 'candidate')} on the front of select, of which {name_of(board.winner)} has the "
+            "highest mean of the objectives."
+        )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun} is" if n == 1 else f"{n} {noun}s are"
 
 
 def _tested_verdict(d: Difference, winner: str, control: str) -> str:

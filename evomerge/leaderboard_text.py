@@ -31,8 +31,9 @@ def to_csv(board: Leaderboard) -> str:
     """One line a row of each section: select, test, search (not re-tested)."""
     out = io.StringIO()
     head = ["section", "rank", "subject", "name", "kind", "winner", "score", "low", "high"]
-    head += ["difference", "difference_low", "difference_high", "p", "search", "failures"]
-    per_task = [f"{task}{part}" for task in board.tasks for part in (":score", ":low", ":high")]
+    head += ["difference", "difference_low", "difference_high", "p", "search", "failures", "misses", "front"]
+    several = [f"objective {name}" for name in _objectives(board)]
+    per_task = [f"{name}{part}" for name in (*board.tasks, *several) for part in (":score", ":low", ":high")]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*head, *per_task, "merge"])
     for section, rows in (("select", board.select), ("test", board.test), ("search", board.search_only)):
@@ -40,8 +41,9 @@ def to_csv(board: Leaderboard) -> str:
             d = r.difference
             cells = [section, r.rank, r.subject, r.name, r.kind, int(r.subject == board.winner), *_three(r.score)]
             cells += [d.value, d.low, d.high, d.p] if d else [None] * 4
-            cells += [r.search, r.failures]
+            cells += [r.search, r.failures, "; ".join(r.misses), int(section == "select" and r.subject in board.front)]
             cells += [x for task in board.tasks for x in _three(r.tasks.get(task))]
+            cells += [x for name in _objectives(board) for x in _three(r.objectives.get(name))]
             writer.writerow(["" if c is None else c for c in [*cells, r.merge]])
     return out.getvalue()
 
@@ -49,7 +51,9 @@ def to_csv(board: Leaderboard) -> str:
 def to_markdown(board: Leaderboard) -> str:
     """Sections of tables, and the verdict above them."""
     lines = [f"# {_md(board.study)}", "", f"**{_md(board.verdict)}**", ""]
-    head = ["", "select", "against best control", "p", *map(_md, board.tasks), "search", "failures", "merge"]
+    objectives = _objectives(board)
+    head = ["", "select", "against best control", "p", *(f"objective {_md(name)}" for name in objectives)]
+    head += [*map(_md, board.tasks), "search", "failures", "merge"]
     for title, rows in (("Select", board.select), ("Test", board.test)):
         if not rows:
             continue
@@ -57,13 +61,15 @@ def to_markdown(board: Leaderboard) -> str:
         lines += [f"## {title}", "", _md_row(columns), _md_row(["--:", ":--", *["--:"] * (len(columns) - 3), ":--"])]
         for r in rows:
             cells = [_rank(r), _label(r, board), _scored(r.score), _scored(r.difference), _p(r.difference)]
+            cells += [_scored(r.objectives.get(name)) for name in objectives]
             cells += [_scored(r.tasks.get(task)) for task in board.tasks]
             lines.append(_md_row(map(_md, [*cells, _number(r.search), str(r.failures), r.merge])))
         lines.append("")
     if board.search_only:
         lines += ["## Not re-tested, by search score (optimistic)", "", "| | search | merge |", "|:--|--:|:--|"]
-        lines += [_md_row(map(_md, [r.name, _number(r.search), r.merge])) for r in board.search_only]
+        lines += [_md_row(map(_md, [_label(r, board), _number(r.search), r.merge])) for r in board.search_only]
         lines.append("")
+    lines += [f"- {_md(line)}" for line in _missed(board)]
     lines += [f"- {_md(name)} failed: {_md(reason)}" for name, reason in board.failed]
     lines += [f"- {_md(note)}" for note in board.notes]
     return "\n".join(lines) + "\n"
@@ -78,6 +84,8 @@ def render_terminal(board: Leaderboard, console: Console | None = None) -> None:
     console.print(Text(f"{board.study}\n", style="bold"))
     for table in _tables(board):
         console.print(table)
+    for line in _missed(board):
+        console.print(Text(line, style="yellow"))
     for name, reason in board.failed:
         console.print(Text(f"{name} failed: {reason}", style="yellow"))
     for note in board.notes:
@@ -94,25 +102,41 @@ def _tables(board: Leaderboard) -> Iterator[Table]:
             scores = [_scored(r.score), _scored(r.difference), _p(r.difference), _number(r.search)]
             rows.append([_rank(r), _label(r, board), *scores, str(r.failures or "")])
         yield _table("Ranked on select", ["#", "", interval, control, "p", "search", "failed"], rows)
-        yield from _task_tables("Select", board.select, board)
-        merges = [[_label(r, board), r.merge] for r in board.select]
+        yield from _more_tables("Select", board.select, board)
+        merges = [[r.name + (WINNER if r.subject == board.winner else ""), r.merge] for r in board.select]
         yield _table("What they are", ["", "merge"], merges)
     if board.test:
         rows = [[_label(r, board), _scored(r.score), _scored(r.difference), _p(r.difference)] for r in board.test]
         yield _table("The winner and the controls on test", ["", interval, control, "p"], rows)
-        yield from _task_tables("Test", board.test, board)
+        yield from _more_tables("Test", board.test, board)
     if board.search_only:
-        rows = [[r.name, _number(r.search), r.merge] for r in board.search_only]
+        rows = [[_label(r, board), _number(r.search), r.merge] for r in board.search_only]
         yield _table("Not re-tested, by search score (optimistic)", ["", "search", "merge"], rows)
 
 
-def _task_tables(title: str, rows: Sequence[Row], board: Leaderboard) -> Iterator[Table]:
-    """Scores by task, as many tasks abreast as fit."""
+def _more_tables(title: str, rows: Sequence[Row], board: Leaderboard) -> Iterator[Table]:
+    """Scores by objective and by task, as many abreast as fit."""
     tasks = board.tasks if len(board.tasks) > 1 else ()
-    for start in range(0, len(tasks), TASKS_ABREAST):
-        abreast = tasks[start : start + TASKS_ABREAST]
-        cells = [[_label(r, board), *(_scored(r.tasks.get(task)) for task in abreast)] for r in rows]
-        yield _table(f"{title} by task", ["", *abreast], cells)
+    for kind, names in (("objective", _objectives(board)), ("task", tasks)):
+        for start in range(0, len(names), TASKS_ABREAST):
+            abreast = names[start : start + TASKS_ABREAST]
+            scores = [r.objectives if kind == "objective" else r.tasks for r in rows]
+            cells = [
+                [_label(r, board), *(_scored(of.get(name)) for name in abreast)]
+                for r, of in zip(rows, scores, strict=True)
+            ]
+            yield _table(f"{title} by {kind}", ["", *abreast], cells)
+
+
+def _objectives(board: Leaderboard) -> tuple[str, ...]:
+    """What has a column of its own beside the score."""
+    return board.objectives if len(board.objectives) > 1 else ()
+
+
+def _missed(board: Leaderboard) -> list[str]:
+    """A line for each row that misses a constraint."""
+    sections = (("select", board.select), ("test", board.test))
+    return [f"{r.name} misses on {split}: {'; '.join(r.misses)}" for split, rows in sections for r in rows if r.misses]
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -134,8 +158,14 @@ def _rank(r: Row) -> str:
 
 
 def _label(r: Row, board: Leaderboard) -> str:
-    control = " (control)" if r.kind == "control" else ""
-    return r.name + control + (WINNER if r.subject == board.winner else "")
+    on_select = any(r is row for row in board.select)  # the front is that of select
+    marks = [
+        (" (control)", r.kind == "control"),
+        (" (infeasible)", bool(r.misses)),
+        (" (front)", on_select and r.subject in board.front),
+        (WINNER, r.subject == board.winner),
+    ]
+    return r.name + "".join(mark for mark, on in marks if on)
 
 
 def _number(value: float | None, sign: str = "") -> str:

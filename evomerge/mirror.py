@@ -17,6 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from evomerge.database import Database, engine_options, make_durable, quiet_optuna
 from evomerge.dimensions import Dimension
 from evomerge.errors import StudyError
+from evomerge.objectives import Objective
+from evomerge.searchers.optuna_study import constraint_attributes
 
 if TYPE_CHECKING:
     from evomerge.store import TrialRecord
@@ -43,10 +45,17 @@ class Mirror:
         database: the store.
         name: the study's name, in Optuna too.
         dimensions: of the space, as plain data, for Optuna's distributions.
+        num_objectives: all to be maximised.
     """
 
-    def __init__(self, database: Database, name: str, dimensions: Sequence[Mapping[str, Any]] = ()):
-        self.database, self.name = database, name
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        dimensions: Sequence[Mapping[str, Any]] = (),
+        num_objectives: int = 1,
+    ):
+        self.database, self.name, self.num_objectives = database, name, num_objectives
         self.dimensions = {d["name"]: Dimension.from_dict(d) for d in dimensions}
         self._ids: dict[int, int] = {}  # trial number -> Optuna's trial id
         # Optuna fills {SCHEMA_VERSION} into URLs, so braces of a path are doubled.
@@ -62,6 +71,11 @@ class Mirror:
         self.storage.engine.dispose()  # connections that were made before the line above
         self.study_id = -1
         self.in_step = True
+
+    @classmethod
+    def of_record(cls, database: Database, name: str, record: Mapping[str, Any]) -> Mirror:
+        """For the study that remembers ``record``."""
+        return cls(database, name, record.get("dimensions", ()), len(Objective.of_record(record).terms))
 
     def start(self) -> Mirror:
         self.study_id = self.database.patiently(self._study)
@@ -83,7 +97,8 @@ class Mirror:
     def _study(self) -> int:
         with quiet_optuna():
             try:
-                return self.storage.create_new_study([StudyDirection.MAXIMIZE], study_name=self.name)
+                directions = [StudyDirection.MAXIMIZE] * self.num_objectives
+                return self.storage.create_new_study(directions, study_name=self.name)
             except DuplicatedStudyError:
                 return self.storage.get_study_id_from_name(self.name)
 
@@ -103,7 +118,9 @@ class Mirror:
         if repaired:
             trials = read_trials()
             for trial in (trials[n] for n in open_there):
-                self.finish(trial.n, trial.state, trial.score, trial.failure)
+                self.finish(
+                    trial.n, trial.state, trial.score, trial.failure, values=trial.values, margins=trial.margins
+                )
             for trial in trials[have:]:
                 self.add(trial)
             log.info("%s: %d trials were completed in Optuna's copy", self.name, repaired)
@@ -116,13 +133,14 @@ class Mirror:
             number=trial.n,
             trial_id=-1,
             state=STATES[trial.state],
-            value=trial.score,
+            value=None,
+            values=self._values(trial.score, trial.values),
             datetime_start=datetime.fromtimestamp(trial.started),
             datetime_complete=datetime.fromtimestamp(trial.finished) if trial.finished is not None else None,
             params=params,
             distributions={name: self._distribution(name, value) for name, value in params.items()},
             user_attrs=self._attributes(trial),
-            system_attrs={},
+            system_attrs=constraint_attributes(trial.margins),
             intermediate_values={},
         )
 
@@ -144,7 +162,16 @@ class Mirror:
         if self.in_step:
             self._ids[trial.n] = self.database.patiently(create)
 
-    def finish(self, n: int, state: str, score: float | None, failure: str | None) -> None:
+    def finish(
+        self,
+        n: int,
+        state: str,
+        score: float | None,
+        failure: str | None,
+        *,
+        values: Sequence[float] = (),
+        margins: Sequence[float] = (),
+    ) -> None:
         """End trial ``n``; one that has ended already is left alone."""
         if not self.in_step:
             return
@@ -158,8 +185,9 @@ class Mirror:
             try:
                 if failure is not None:  # an ended trial takes no attributes
                     self.storage.set_trial_user_attr(trial_id, "failure", failure)
-                values = None if score is None else [score]
-                self.storage.set_trial_state_values(trial_id, STATES[state], values)
+                for key, margin in constraint_attributes(margins).items():
+                    self.storage.set_trial_system_attr(trial_id, key, margin)
+                self.storage.set_trial_state_values(trial_id, STATES[state], self._values(score, values))
             except UpdateFinishedTrialError:
                 pass
 
@@ -188,6 +216,11 @@ class Mirror:
             else:
                 high = middle
         return low
+
+    def _values(self, score: float | None, values: Sequence[float]) -> list[float] | None:
+        if score is None:
+            return None
+        return list(values) if self.num_objectives > 1 else [score]
 
     def _distribution(self, name: str, value: Any) -> BaseDistribution:
         return (self.dimensions.get(name) or Dimension(name, value, value, value)).distribution()

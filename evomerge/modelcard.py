@@ -22,8 +22,10 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
         recipe: what was merged.
         config: the base's config.json.
         card: what a study knows; every key may be absent. ``study`` and ``subject`` (names), ``scores`` (split ->
-            {objective, tasks: {task: {score, items}}}), ``metrics`` (task -> metric), ``compute_dtype``, ``libraries``
-            (name -> version); ``tokenizer`` and ``chat_template``, where they are not the base's.
+            {objective, objectives: {name: value} of several, misses: constraints in words, tasks: {task: {score,
+            items}}}), ``objective`` (what it is, a line each; none for a plain mean or minimum), ``metrics`` (task ->
+            metric), ``compute_dtype``, ``libraries`` (name -> version); ``tokenizer`` and ``chat_template``, where they
+            are not the base's.
     """
     head = {"library_name": "transformers", "tags": ["merge", "evomerge", recipe.method]}
     on_hub = [found.repo for _, source, _ in all_sources(recipe) if (found := _on_hub(source)) is not None]
@@ -141,10 +143,18 @@ def _scores(card: Mapping[str, Any]) -> str:
         for task, facts in result["tasks"].items():
             metric = (card.get("metrics") or {}).get(task, "")
             rows.append([split, task, metric, f"{facts['score']:.4f}", str(facts.get("items", ""))])
-        rows.append([split, "objective", "", f"{result['objective']:.4f}", ""])
-    return "Scores, by the split they were taken on (the search saw `search`, and chose by `select`):\n\n" + _table(
+        rows += [[split, f"objective {n}", "", f"{v:.4f}", ""] for n, v in (result.get("objectives") or {}).items()]
+        several = "mean of the objectives" if result.get("objectives") else "objective"
+        rows.append([split, several, "", f"{result['objective']:.4f}", ""])
+    table = "Scores, by the split they were taken on (the search saw `search`, and chose by `select`):\n\n" + _table(
         ["split", "task", "metric", "score", "items"], rows
     )
+    what, *constraints = card.get("objective") or [""]
+    facts = [f"The objective is {_cell(what)}."] if what else []
+    facts += ["Constraints: " + _cell("; ".join(constraints)) + "."] if constraints else []
+    missed = [(split, miss) for split, result in card["scores"].items() for miss in result.get("misses") or ()]
+    facts += [f"**On {split} this merge misses a constraint**: {_cell(miss)}." for split, miss in missed]
+    return "\n\n".join([table, *facts])
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -21,6 +21,7 @@ from evomerge.hub import pin
 from evomerge.keeping import refuse_pinned
 from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
 from evomerge.methods.lookup import permit
+from evomerge.objectives import Objective
 from evomerge.plugins import EVALUATOR, Code, code_files, hash_files, names_file
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
@@ -46,6 +47,7 @@ class Plan:
     template: Recipe  # sources with their hashes; its one group has zero weights
     space: Space
     evaluator: Evaluator
+    objective: Objective  # not bound: what it is relative to is evaluated first
     items: tuple[Item, ...]  # those in a split
     worker: WorkerSpec
     fingerprint: Mapping[str, str]  # what must not change before a resume, by a name that a user recognises
@@ -189,6 +191,7 @@ def build_plan(
         template=template,
         space=space,
         evaluator=evaluator,
+        objective=Objective.of_spec(spec.objective, {n: t.weight for n, t in context.tasks.items()}, spec.experts),
         items=items,
         worker=worker,
         fingerprint=plan_parts,
@@ -220,10 +223,16 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
 
 
 def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:
-    """The experiment's searcher; SpecError if it cannot take the space."""
+    """The experiment's searcher; SpecError if it cannot take the space or the objectives."""
     try:
-        chosen = find_searcher(spec.search.method, spec.folder).searcher
-        searcher = searchers.make(chosen, space, seed=spec.seed, starts=starts, **spec.search.options)
+        searcher = searchers.make(
+            find_searcher(spec.search.method, spec.folder).searcher,
+            space,
+            seed=spec.seed,
+            starts=starts,
+            num_objectives=len(spec.objective.of),
+            **spec.search.options,
+        )
         if spec.search.schedule == "asynchronous" and not searcher.asynchronous:
             raise SpecError(
                 f"searcher {searcher.name} decides by all that it proposed before: it cannot take scores in any order",
@@ -345,7 +354,7 @@ def _fingerprint(
         parts[f"items in {split}"] = _digest([i.id for i in items if i.split == split])
     for name, task in evaluator.context.tasks.items():
         parts[f"task {name}"] = json.dumps(_task_dict(task), sort_keys=True, default=str)
-    parts["objective"] = json.dumps(spec.objective)
+    parts["objective"] = json.dumps(spec.objective.short(), sort_keys=True)
     parts["evaluate options"] = json.dumps(spec.evaluate.options, sort_keys=True, default=str)
     parts["seed"] = str(spec.seed)
     for key in ("export_dtype", "compute_dtype", "threads", "batch_size"):

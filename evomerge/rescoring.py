@@ -11,12 +11,13 @@ from typing import Any
 
 from evomerge.checkpoints import check_tokenizers, open_checkpoint, open_expert
 from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, SpecError, StudyError
-from evomerge.evaluation import Item, Outcome, Target, check_outcomes, objective, task_scores
+from evomerge.evaluation import Item, Outcome, Target, check_outcomes, task_scores
 from evomerge.exporting import RECIPE_FILE
 from evomerge.folders import find_folder
 from evomerge.hub import fetch, hub_id
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
 from evomerge.methods.lookup import permit
+from evomerge.objectives import Judged
 from evomerge.planning import Plan, drift
 from evomerge.recipe import Recipe
 from evomerge.scratch import remove_stale, scratch_folder, written
@@ -33,9 +34,13 @@ class Scores:
     items: tuple[Item, ...]
     outcomes: tuple[Outcome, ...]
     tasks: dict[str, float]
-    objective: float
+    judged: Judged | None  # None: the scores that the objective is relative to are not known here
     recipe: Recipe | None
     adapter: bool = False  # scored as a LoRA adapter beside its base
+
+    @property
+    def objective(self) -> float | None:
+        return None if self.judged is None else self.judged.score
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,20 @@ class Comparison:
         return self.equal == self.items
 
 
-def score_target(target: Path, plan: Plan, split: str, *, allow_code: bool = False) -> Scores:
+def score_target(
+    target: Path, plan: Plan, split: str, *, allow_code: bool = False, study: Store | None = None
+) -> Scores:
     """Evaluate a checkpoint or LoRA adapter (loaded by plain transformers and PEFT), or a recipe file, on one split.
 
     Items, batch layout, thread count and compute dtype are the experiment's, so that the outcomes can be compared bit
     for bit with a study's.
 
+    Args:
+        study: holds the scores of the base and the experts, where the objective is relative to them.
+
     Raises:
         UserError: ``target`` is neither a checkpoint nor a recipe, or does not fit the experiment.
     """
-    spec = plan.spec
     settle(threads=plan.worker.threads, device=plan.worker.device)
     if not target.exists() and (wanted := hub_id(str(target))) is not None:
         target = fetch(wanted)
@@ -89,8 +98,8 @@ def score_target(target: Path, plan: Plan, split: str, *, allow_code: bool = Fal
         raise EvaluatorError(f"{target} could not be evaluated: {error}") from error
     items = tuple(item for item in plan.items if item.split == split)
     scores = task_scores(plan.evaluator, items, outcomes)
-    total = objective(spec.objective, plan.tasks, scores)
-    return Scores(split, items, tuple(outcomes), scores, total, recipe, _is_adapter(target))
+    judged = _judged(plan, split, scores, study)
+    return Scores(split, items, tuple(outcomes), scores, judged, recipe, _is_adapter(target))
 
 
 def _is_adapter(target: Path) -> bool:
@@ -125,6 +134,17 @@ def with_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder)).get_base_model().eval().requires_grad_(False)
+
+
+def _judged(plan: Plan, split: str, scores: dict[str, float], study: Store | None) -> Judged | None:
+    objective, references = plan.objective, None
+    if objective.subjects:
+        references = study.record.get("references") if study is not None else None
+        if study is None or references is None:
+            return None
+        objective = objective.bind(references)
+        references = objective.references_in(study.scores(split))
+    return objective.judge(scores, references)
 
 
 @contextmanager
@@ -214,6 +234,8 @@ def as_json(scores: Scores, comparison: Comparison | None) -> dict[str, Any]:
     data: dict[str, Any] = {
         "split": scores.split,
         "objective": scores.objective,
+        "objectives": list(scores.judged.values) if scores.judged else None,
+        "misses": list(scores.judged.misses) if scores.judged else None,
         "tasks": scores.tasks,
         "recipe": scores.recipe.hash if scores.recipe else None,
         "items": [{"id": o.item_id, "task": tasks[o.item_id], **_values(o)} for o in scores.outcomes],
@@ -239,7 +261,13 @@ def lines(scores: Scores, comparison: Comparison | None) -> Sequence[str]:
     text = [
         f"{task:<{width}}  {value:.4f}  ({counts[task]} {scores.split} items)" for task, value in scores.tasks.items()
     ]
-    text.append(f"{'objective':<{width}}  {scores.objective:.4f}")
+    if scores.judged is None:
+        text.append(f"{'objective':<{width}}  relative to scores of the base or the experts that no study here holds")
+    else:
+        text.append(f"{'objective':<{width}}  {scores.judged.score:.4f}")
+        if len(scores.judged.values) > 1:
+            text[-1] += f"  (mean of {', '.join(f'{value:.4f}' for value in scores.judged.values)})"
+        text += [f"misses {miss}" for miss in scores.judged.misses]
     if comparison is not None:
         if comparison.identical:
             text.append(f"identical to the study's {comparison.key} on all {comparison.items} items, bit for bit")

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from evomerge.errors import Interrupted
-from evomerge.evaluation import objective, task_scores
+from evomerge.evaluation import task_scores
+from evomerge.objectives import Objective
 from evomerge.planning import Plan
 from evomerge.pools import Failure, Job, Pool, Result
 from evomerge.progress import Progress
@@ -109,6 +110,8 @@ class Runner:
     ):
         self.plan, self.store, self.stop, self.progress, self.retries = plan, store, stop, progress, retries
         self._make_pool, self._pool = make_pool, None
+        references = store.record.get("references")
+        self.objective: Objective = plan.objective if references is None else plan.objective.bind(references)
         self._running: dict[str, _Running] = {}
         self._ready: list[Done] = []
         self._stored: dict[str, Evaluation] = {}
@@ -154,6 +157,15 @@ class Runner:
         if failed is None and self._lost.get(key, 0) > self.retries:
             return self._gave_up(key)
         return failed
+
+    def bind_objective(self, objective: Objective) -> None:
+        """From now on ``objective`` judges; what was stored before it could is judged anew."""
+        stored = {key: objective.judge(e.scores).score for key, e in self._stored.items()}
+        assert objective.references is not None
+        self.store.bind_objective(objective.references, stored)
+        self.objective = objective
+        for evaluation in self.store.evaluations():
+            self._remember(evaluation)
 
     def has_room(self) -> bool:
         return self.stop.level == 0 and (self._pool is None or self._pool.idle() > 0)
@@ -252,7 +264,7 @@ class Runner:
             recipe=recipe.to_dict(),
             outcomes=tuple(outcomes),
             scores=scores,
-            objective=objective(self.plan.spec.objective, self.plan.tasks, scores),
+            objective=self.objective.judge(scores).score,
             seconds=dict(seconds),
             worker=worker,
             time=time.time(),

@@ -15,10 +15,11 @@ from evomerge.exporting import merged_bytes
 from evomerge.folders import find_folder
 from evomerge.keeping import dense_bytes
 from evomerge.launch import Options, storage_of
-from evomerge.leaderboard import find_winner
 from evomerge.merging import written_bytes
+from evomerge.objectives import Objective
 from evomerge.planning import Plan
 from evomerge.progress import clock, size
+from evomerge.ranking import Judge, find_winner
 from evomerge.recipe import Recipe
 from evomerge.spec import Spec
 from evomerge.stages import kept_folder, stages
@@ -63,7 +64,10 @@ def resolve_subject(store: Store, name: str) -> tuple[str, Recipe]:
 def card_of(store: Store, subject: str) -> dict[str, Any]:
     """What a model card says of a trial: study, scores by split and task, item counts, libraries."""
     record = store.record
-    scores = {e.split: e for e in store.evaluations() if e.subject == subject}
+    evaluations = store.evaluations()
+    scores = {e.split: e for e in evaluations if e.subject == subject}
+    objective = Objective.of_record(record)
+    judged = {split: _judge(objective, evaluations, split)(e) for split, e in scores.items()}
     counts: dict[str, dict[str, int]] = {}
     for item in store.items():
         counts.setdefault(item.split or "", {}).setdefault(item.task, 0)
@@ -74,14 +78,23 @@ def card_of(store: Store, subject: str) -> dict[str, Any]:
         "scores": {
             split: {
                 "objective": e.objective,
+                "objectives": dict(zip(objective.names, judged[split].values, strict=True))
+                if objective.several
+                else {},
+                "misses": list(judged[split].misses),
                 "tasks": {t: {"score": s, "items": counts.get(split, {}).get(t, 0)} for t, s in e.scores.items()},
             }
             for split, e in scores.items()
         },
+        "objective": [] if objective.plain and not objective.normalizers else objective.text(),
         "metrics": record["metrics"],
         "compute_dtype": record["worker"]["compute_dtype"],
         "libraries": record["libraries"],
     }
+
+
+def _judge(objective: Objective, evaluations: list[Evaluation], split: str) -> Judge:
+    return Judge(objective, [e for e in evaluations if e.split == split])
 
 
 def show_trial(store: Store, name: str) -> str:
@@ -97,10 +110,16 @@ def show_trial(store: Store, name: str) -> str:
             "point",
             *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else _value(v)}" for k, v in trial.point.items()),
         ]
-    for evaluation in store.evaluations():
+    evaluations, objective = store.evaluations(), Objective.of_record(store.record)
+    for evaluation in evaluations:
         if evaluation.subject != subject:
             continue
-        lines.append(f"{evaluation.split:<9} objective {evaluation.objective:.4f}  on {evaluation.worker}")
+        score = f"objective {evaluation.objective:.4f}" if objective.ready else "evaluated"
+        lines.append(f"{evaluation.split:<9} {score}  on {evaluation.worker}")
+        judged = _judge(objective, evaluations, evaluation.split)(evaluation)
+        if objective.several:
+            lines.append("  " + ", ".join(f"{n} {v:.4f}" for n, v in zip(objective.names, judged.values, strict=True)))
+        lines += [f"  misses {miss}" for miss in judged.misses]
         lines += [f"  {task:<24} {score:.4f}" for task, score in evaluation.scores.items()]
         if evaluation.seconds:
             lines.append("  " + ", ".join(f"{k} {v:.2f} s" for k, v in evaluation.seconds.items()))
@@ -163,6 +182,12 @@ def describe_plan(plan: Plan, options: Options) -> str:
     lines.append(
         f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}"
     )
+    what, *constraints = plan.objective.text()
+    lines.append(f"objective    {what}")
+    lines += [f"constraint   {constraint}" for constraint in constraints]
+    if plan.objective.subjects:
+        first = ", ".join(s.removeprefix("control:").replace("expert:", "expert ") for s in plan.objective.subjects)
+        lines.append(f"first        {first} on search: what scores are held against")
     starts = starting_points(plan, storage_of(spec, options.storage))
     if starts:
         lines.append(f"begins with  {len(starts)} of its own points (search.initial)")

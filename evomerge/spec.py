@@ -8,13 +8,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from evomerge import installed
 from evomerge.errors import SpecError, nearest
 from evomerge.evaluation import TaskSpec
 from evomerge.hub import hub_id
+from evomerge.objective_file import WORDS, ObjectiveSpec, read_objective
 from evomerge.plugins import EVALUATOR, METHOD, SEARCHER, Kind, names_file, split_reference
 from evomerge.recipe import is_recipe_file
 from evomerge.space_file import SpaceModel, check_space
@@ -225,7 +235,7 @@ class TaskEntry(_Open):
 
     model_config = ConfigDict(title="task")
 
-    weight: float = Field(default=1.0, gt=0, description="how much the task counts in the objective `mean`")
+    weight: float = Field(default=1.0, gt=0, description="how much the task counts in the mean")
     metric: str | None = Field(
         default=None, description="the metric that counts; by default the evaluator's own choice"
     )
@@ -324,8 +334,9 @@ class Spec(Strict):
     space: dict[str, Any] = Field(description="the search space: a file, or written here")
     search: SearchSpec = Field(description="which searcher, how long, and its own options")
     evaluate: EvaluateSpec = Field(description="what candidates are evaluated on")
-    objective: Literal["mean", "min"] = Field(
-        default="mean", description="how the tasks' scores become one: their weighted mean, or the lowest"
+    objective: Annotated[ObjectiveSpec, BeforeValidator(read_objective)] = Field(
+        default=ObjectiveSpec(),
+        description="what the search maximises: mean, the tasks' mean by their weights; min, the lowest; or keys",
     )
     workers: WorkersSpec = Field(default=WorkersSpec(), description="how many workers, and what each one gets")
     export_dtype: Dtype = Field(
@@ -388,6 +399,10 @@ class Spec(Strict):
             for name, task in self.evaluate.tasks.items()
         }
 
+    @field_serializer("objective")
+    def _short_objective(self, objective: ObjectiveSpec) -> Any:
+        return objective.short()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain (JSON) data with all defaults filled in and the space inline; ``from_dict`` reads it back."""
         return self.model_dump(mode="json", by_alias=True)
@@ -422,6 +437,7 @@ class Spec(Strict):
         spec = validate(cls, data, where=where)
         spec._folder, spec._path, spec._space_file = folder, path, space_file
         _check_search(spec, where)
+        spec.objective.check(list(spec.evaluate.tasks), list(spec.experts), where=at(where, "objective"))
         check_space(spec.space, list(spec.experts), where=spec.space_where, folder=spec.code_folder)
         if check_files:
             _check_files(spec, where)
@@ -456,6 +472,12 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["space"] = {
         "anyOf": [{"type": "string"}, {"$ref": "#/$defs/SpaceModel"}],
         "description": schema["properties"]["space"]["description"],
+    }
+    objective = schema["properties"]["objective"]
+    schema["properties"]["objective"] = {
+        "anyOf": [{"type": "string", "enum": list(WORDS)}, {"$ref": "#/$defs/ObjectiveSpec"}],
+        "default": "mean",
+        "description": objective["description"],
     }
     task = definitions["EvaluateSpec"]["properties"]["tasks"]["additionalProperties"]
     definitions["EvaluateSpec"]["properties"]["tasks"]["additionalProperties"] = {"anyOf": [task, {"type": "null"}]}

@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Stratum:
-    """One task's items as two subjects saw them, and the task's share of the objective (shares sum to 1).
+    """One task's items as two subjects saw them, and the factor by which the task's score is in the objective.
 
     ``first``, ``second``, ``weights``: (items,).
     """

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ from evomerge.database import RETRY_SECONDS, Database
 from evomerge.errors import StudyError, nearest
 from evomerge.evaluation import Item, Outcome
 from evomerge.lock import DriverLock, is_held
+from evomerge.objectives import Merit, Objective, merit, violation
 
 if TYPE_CHECKING:
     from evomerge.mirror import Mirror
@@ -40,7 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One proposal of the searcher, number ``n``. ``score``, the search objective, is None unless it is complete."""
+    """One proposal of the searcher, number ``n``. ``score``, the search objective, is None unless it is complete.
+
+    ``values`` are the objectives where there are several, ``margins`` the constraints', if there are any.
+    """
 
     n: int
     state: TrialState
@@ -51,6 +55,16 @@ class TrialRecord:
     failure: str | None = None
     started: float = 0.0  # unix seconds
     finished: float | None = None
+    values: tuple[float, ...] = ()
+    margins: tuple[float, ...] = ()
+
+    @property
+    def violation(self) -> float:
+        return violation(self.margins)
+
+    @property
+    def merit(self) -> Merit:
+        return merit(self.score, self.violation)
 
     @classmethod
     def running(cls, n: int, point: Mapping[str, float], recipe: Mapping[str, Any], recipe_hash: str) -> TrialRecord:
@@ -142,7 +156,7 @@ class Store:
                 remedy="Give the experiment another name, or use another --storage.",
             )
         text = _dumps(record)
-        mirror = Mirror(database, name, record.get("dimensions", ()))  # before ours: Optuna may refuse the database
+        mirror = Mirror.of_record(database, name, record)  # before ours: Optuna may refuse the database
 
         def insert(connection: sa.Connection) -> int:
             study = sa.insert(db.studies).values(name=name, record=text, created=time.time())
@@ -202,13 +216,19 @@ class Store:
             )
 
         studies, counts, drivers = database.read(look)
-        summaries = []
+        summaries: list[dict[str, Any]] = []
         for study in studies:
             record = json.loads(study.record)
             states = {row.state: row for row in counts if row.study_id == study.id}
             number = {state: states[state].n if state in states else 0 for state in ("running", *ENDED)}
             driver = drivers.get(study.id)
             rounds = record.get("rounds", [])
+            best = states["complete"].best if "complete" in states else None
+            if best is not None and Objective.of_record(record).bounds:
+                feasible = [
+                    t for t in Store(database, study.name, study.id).trials() if t.score is not None and not t.violation
+                ]
+                best = max((t.score for t in feasible if t.score is not None), default=None)
             finished = bool(rounds) and rounds[-1].get("trials") == sum(number.values())
             summaries.append(
                 {
@@ -218,7 +238,7 @@ class Store:
                     "rounds": len(rounds),
                     "state": "running" if driver else "finished" if finished else "stopped",
                     "driver": driver,
-                    "best": states["complete"].best if "complete" in states else None,
+                    "best": best,
                     "running": number["running"],
                     "complete": number["complete"],
                     "failed": number["fail"],
@@ -366,8 +386,20 @@ class Store:
         self._write(body)
         self._open_mirror().add(trial)
 
-    def finish_trial(self, n: int, state: str, score: float | None = None, failure: str | None = None) -> bool:
+    def finish_trial(
+        self,
+        n: int,
+        state: str,
+        score: float | None = None,
+        failure: str | None = None,
+        *,
+        values: Sequence[float] = (),
+        margins: Sequence[float] = (),
+    ) -> bool:
         """Trial ``n`` has ended: complete with a finite ``score``, fail with its reason, or pruned.
+
+        Args:
+            values, margins: for Optuna's copy; here they follow from the evaluation's scores.
 
         Returns:
             False, and nothing is changed, if it had ended before.
@@ -394,7 +426,7 @@ class Store:
         if not self._write(body):
             log.warning("trial %d of %s had ended before: its second end (%s) is ignored", n, self.name, state)
             return False
-        self._open_mirror().finish(n, state, score, failure)
+        self._open_mirror().finish(n, state, score, failure, values=values, margins=margins)
         return True
 
     def trials(self) -> list[TrialRecord]:
@@ -406,14 +438,32 @@ class Store:
             .where(t.study_id == self.study_id)
             .order_by(t.n)
         )
-        rows = self.database.read(lambda connection: connection.execute(query).all())
-        return [
+        record = sa.select(db.studies.c.record).where(db.studies.c.id == self.study_id)
+        rows, text = self.database.read(
+            lambda connection: (connection.execute(query).all(), connection.execute(record).scalar_one())
+        )
+        trials = [
             TrialRecord(
                 row.n, row.state, json.loads(row.point), self._recipe(row), row.recipe_hash,
                 row.score, row.failure, row.started, row.finished,
             )
             for row in rows
         ]  # fmt: skip
+        return self._judged(trials, Objective.of_record(json.loads(text)))
+
+    def _judged(self, trials: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
+        """With the objectives and margins that follow from their scores on search."""
+        if objective.plain or not trials:
+            return trials
+        scores = self.scores("search")
+        complete = {t.n: scores.get(f"trial:{t.n}") for t in trials if t.state == "complete"}
+        judged = {n: objective.judge(given) for n, given in complete.items() if given}
+        return [
+            replace(t, values=judged[t.n].values if objective.several else (), margins=judged[t.n].margins)
+            if t.n in judged
+            else t
+            for t in trials
+        ]
 
     def _trial_states(self) -> list[str]:
         t = db.trials.c
@@ -437,7 +487,7 @@ class Store:
         if self._mirror is None:
             from evomerge.mirror import Mirror
 
-            self._mirror = Mirror(self.database, self.name, self.record.get("dimensions", ())).start()
+            self._mirror = Mirror.of_record(self.database, self.name, self.record).start()
         return self._mirror
 
     # What happened, in order
@@ -544,6 +594,33 @@ class Store:
         if subjects is not None:
             where.append(c.subject.in_(subjects))
         return self._evaluations(where, with_outcomes)
+
+    def scores(self, split: str) -> dict[str, dict[str, float]]:
+        """Subject -> task -> score, of the latest evaluation of each on ``split``."""
+        c = db.evaluations.c
+        query = sa.select(c.subject, c.scores).where(c.study_id == self.study_id, c.split == split).order_by(c.seq)
+        rows = self.database.read(lambda connection: connection.execute(query).all())
+        return {row.subject: json.loads(row.scores) for row in rows}
+
+    def bind_objective(self, references: Mapping[str, Mapping[str, float]], objectives: Mapping[str, float]) -> None:
+        """What scores are relative to is known: keep it, and the objectives of what was evaluated before, all or none.
+
+        Args:
+            references: subject -> task -> score on search.
+            objectives: by the evaluations' keys.
+        """
+        of_study = db.studies.c.id == self.study_id
+
+        def body(connection: sa.Connection) -> None:
+            record = json.loads(connection.execute(sa.select(db.studies.c.record).where(of_study)).scalar_one())
+            record["references"] = {subject: dict(scores) for subject, scores in references.items()}
+            connection.execute(sa.update(db.studies).where(of_study).values(record=_dumps(record)))
+            c = db.evaluations.c
+            for key, objective in objectives.items():
+                one = sa.update(db.evaluations).where(c.study_id == self.study_id, c.key == key)
+                connection.execute(one.values(objective=float(objective)))
+
+        self._write(body)
 
     def evaluation(self, key: str, with_outcomes: bool = True) -> Evaluation:
         """One evaluation.

@@ -6,11 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
+from evomerge import pareto
 from evomerge.dimensions import Point
 from evomerge.errors import EvomergeError, Interrupted, StudyError
-from evomerge.leaderboard import choose_winner
+from evomerge.objectives import Judged, Objective
 from evomerge.planning import Plan, make_searcher
 from evomerge.progress import Progress
+from evomerge.ranking import choose_winner, ranked_trials
 from evomerge.recipe import Group, Recipe
 from evomerge.running import Done, Runner
 from evomerge.searchers.base import Told
@@ -155,8 +159,13 @@ class Study:
         n = int(done.key.removeprefix("trial:").partition("/")[0])
         state = "fail" if done.failure else "complete"
         reason = f"{done.failure.kind}: {done.failure.reason}" if done.failure else None
-        self.store.finish_trial(n, state, done.objective, reason)
-        self.trials[n] = replace(self.trials[n], state=state, score=done.objective, failure=reason)
+        judged = self._judged(f"trial:{n}")
+        values = judged.values if judged and self.objective.several else ()
+        margins = judged.margins if judged else ()
+        self.store.finish_trial(n, state, done.objective, reason, values=values, margins=margins)
+        self.trials[n] = replace(
+            self.trials[n], state=state, score=done.objective, failure=reason, values=values, margins=margins
+        )
         if self.asynchronous:
             self.store.log_event("tell", n)
             self.searcher.tell(self._told(n))
@@ -200,13 +209,20 @@ class Study:
 
     def _told(self, n: int) -> Told:
         trial = self.trials[n]
-        return Told(n, dict(trial.point), trial.state, trial.score)  # type: ignore[arg-type]
+        return Told(n, dict(trial.point), trial.state, trial.score, trial.values, trial.margins)  # type: ignore[arg-type]
 
     # --- controls and finish ---------------------------------------------------------------------------------------
 
     def controls(self) -> None:
-        """The controls and the sweep of the single lambda on `search`; not counted in the budget."""
+        """The controls and the sweep of the single lambda on `search`; not counted in the budget.
+
+        What the objective is relative to comes first: nothing else can be judged before.
+        """
         wanted = opening_controls(self.plan)
+        if not self.objective.ready:
+            needed = self.objective.subjects
+            self._evaluate("references on search", "search", {s: wanted[s] for s in needed})
+            self._bind_objective()
         wanted |= {f"sweep:{w:g}": uniform(self.plan, "task_arithmetic", w) for w in sweep_values(self.plan)}
         self._evaluate("controls on search", "search", wanted)
         if not any(self.runner.stored(s, "search") for s in wanted):
@@ -220,12 +236,40 @@ class Study:
             self.store.update_record(starts=self.starts)  # from now on a resume needs no control for it
             self._set_searcher()
 
+    @property
+    def objective(self) -> Objective:
+        return self.runner.objective
+
+    def _bind_objective(self) -> None:
+        """The references' scores become constants of the study.
+
+        Raises:
+            StudyError: they are nothing that scores can be relative to.
+            NothingCompleted: one could not be evaluated.
+        """
+        references = {}
+        for subject in self.objective.subjects:
+            evaluation = self.runner.stored(subject, "search")
+            if evaluation is None:
+                failure = self.runner.failure(subject, "search")
+                raise NothingCompleted(
+                    f"the objective is relative to {subject.removeprefix('control:')}, which could not be evaluated on "
+                    f"search: {failure.reason if failure else 'unknown'}"
+                )
+            references[subject] = evaluation.scores
+        self.runner.bind_objective(self.objective.bind(references))
+        for line in self.objective.text():
+            self.progress.log(f"objective: {line}")
+
+    def _judged(self, subject: str) -> Judged | None:
+        """What a subject's scores on search are worth; None if there are none."""
+        evaluation = self.runner.stored(subject, "search")
+        return None if evaluation is None else self.objective.judge(evaluation.scores)
+
     def chosen_controls(self) -> dict[str, Recipe]:
         """Task arithmetic at the lambda that is best on `search`, and random vectors at that lambda."""
         scored = [
-            (evaluation.objective, -w)
-            for w in sweep_values(self.plan)
-            if (evaluation := self.runner.stored(f"sweep:{w:g}", "search")) is not None
+            (judged.merit, -w) for w in sweep_values(self.plan) if (judged := self._judged(f"sweep:{w:g}")) is not None
         ]
         best = -max(scored)[1] if scored else sweep_values(self.plan)[0]
         return {
@@ -239,7 +283,7 @@ class Study:
         finalists = self.finalists()
         self._evaluate("best candidates on search", "search", finalists)
         self._evaluate("controls and best on select", "select", controls | finalists)
-        winner = choose_winner(self.store.evaluations())
+        winner = choose_winner(self.store.evaluations(), self.objective)
         if winner is None:
             raise NothingCompleted("no candidate could be evaluated on the select items")
         self._evaluate(
@@ -251,21 +295,18 @@ class Study:
             self.store.update_record(rounds=rounds)
 
     def finalists(self) -> dict[str, Recipe]:
-        """The best k trials by search score, distinct recipes, and the point that the searcher itself recommends."""
-        complete = sorted((t for t in self.trials if t.state == "complete"), key=lambda t: (-(t.score or 0.0), t.n))
+        """The best k trials on search, distinct recipes, and the point that the searcher itself recommends."""
         chosen: dict[str, Recipe] = {}
-        seen = set()
-        for trial in complete:
-            if trial.recipe_hash not in seen and len(chosen) < self.plan.spec.evaluate.finish.top:
-                seen.add(trial.recipe_hash)
-                chosen[f"trial:{trial.n}"] = Recipe.from_dict(trial.recipe)
+        distinct = {t.recipe_hash: t for t in reversed(self.trials) if t.state == "complete"}  # the first of each
+        for trial in ranked_trials(distinct.values(), self.plan.spec.evaluate.finish.top):
+            chosen[f"trial:{trial.n}"] = Recipe.from_dict(trial.recipe)
         # Nothing is asked after this, so the searcher may now know all; a later round replays it from the store.
         if not self.asynchronous:
             self._tell_first(len(self.trials))
         point = self.searcher.recommend()
         if point is not None:
             recipe = self.plan.space.decode(point)
-            if recipe.hash not in seen:
+            if recipe.hash not in {r.hash for r in chosen.values()}:
                 chosen[f"recommended:{len(self.trials)}"] = recipe
         return chosen
 
@@ -297,16 +338,23 @@ class Study:
             raise Interrupted(self.runner.stop.reason)
 
     def _best_note(self) -> str:
-        complete = [t for t in self.trials if t.state == "complete" and t.score is not None]
+        complete = [t for t in self.trials if t.state == "complete"]
         failed = sum(t.state == "fail" for t in self.trials)
-        note = ""
+        notes = []
         if complete:
-            best = max(complete, key=lambda t: (t.score, -t.n))
-            note = f"best {best.score:.3f} (trial {best.n})"
-        controls = [
-            e for s in [*opening_controls(self.plan), *self.chosen_controls()] if (e := self.runner.stored(s, "search"))
-        ]
+            best = max(complete, key=lambda t: (t.merit, -t.n))
+            notes.append(
+                f"none keeps the constraints yet, nearest trial {best.n}"
+                if best.violation
+                else f"best {best.score:.3f} (trial {best.n})"
+            )
+            feasible = [t.values for t in complete if not t.violation]
+            if self.objective.several and feasible:
+                notes.append(f"{len(pareto.front(np.array(feasible)))} on the front")
+        controls = {
+            s: judged for s in [*opening_controls(self.plan), *self.chosen_controls()] if (judged := self._judged(s))
+        }
         if controls:
-            top = max(controls, key=lambda e: e.objective)
-            note += f", best control {top.objective:.3f} ({top.subject.removeprefix('control:')})"
-        return note + (f", {failed} failed" if failed else "")
+            top = max(controls, key=lambda s: controls[s].merit)
+            notes.append(f"best control {controls[top].score:.3f} ({top.removeprefix('control:')})")
+        return ", ".join([*notes, *([f"{failed} failed"] if failed else [])])

@@ -199,7 +199,7 @@ def _explain(model: type[BaseModel], finding: Any) -> tuple[str, str | None]:
         return f"the key {name!r} is missing", meaning
     if kind == "literal_error":
         owner_field = _field(model, loc)
-        choices = [str(c) for c in get_args(owner_field.annotation)] if owner_field else []
+        choices = [str(c) for c in get_args(_some(owner_field.annotation))] if owner_field else []
         return f"{name} is {short(value)}, which is not one of {', '.join(choices)}", nearest(str(value), choices)
     if kind in _COMPARISONS:
         key, sign = _COMPARISONS[kind]
@@ -234,11 +234,17 @@ def _owner(model: Any, loc: tuple[Any, ...]) -> type[BaseModel] | None:
         if isinstance(here, type) and issubclass(here, BaseModel):
             field = _fields(here).get(str(part))
             here = field.annotation if field else None
-        elif get_origin(here) is dict:
-            here = get_args(here)[1]
+        elif get_origin(here) in (dict, list):
+            here = get_args(here)[-1]
         else:
             return None
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _some(annotation: Any) -> Any:
+    """What ``annotation`` says of a value that is not None."""
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    return parts[0] if len(parts) == 1 and type(None) in get_args(annotation) else annotation
 
 
 def _field(model: Any, loc: tuple[Any, ...]) -> Any:

@@ -25,7 +25,6 @@ from evomerge.evaluation import (
     assign_splits,
     check_outcomes,
     load_evaluator,
-    objective,
     task_scores,
 )
 from evomerge.splits import normalise_text
@@ -359,12 +358,6 @@ def test_task_scores_are_weighted_means_and_the_objective_is_their_mean_or_minim
     outcomes = [Outcome("a", {"score": 1.0}), Outcome("b", {"score": 0.0}, weight=3.0), Outcome("c", {"score": 0.5})]
     scores = task_scores(evaluator, items, outcomes)
     assert list(scores.items()) == [("two", 0.5), ("one", 0.25)]
-    assert objective("mean", tasks, scores) == (3 * 0.5 + 0.25) / 4
-    assert objective("min", tasks, {**scores, "unused": -9.0}) == 0.25
-    with pytest.raises(EvaluatorError, match=r"'meen'[\s\S]*mean"):
-        objective("meen", tasks, scores)
-    with pytest.raises(EvaluatorError, match="weight above 0"):
-        objective("mean", {"one": TaskSpec("one", weight=0.0)}, scores)
 
 
 def test_a_task_score_that_is_not_finite_fails_the_candidate(tmp_path):

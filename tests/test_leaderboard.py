@@ -317,11 +317,12 @@ def test_all_forms_hold_the_same_numbers(study):
     data = json.loads(lb.to_json(board))
     assert data["evomerge_leaderboard"] == 1
     assert set(data) == {
-        "evomerge_leaderboard", "study", "tasks", "select", "test", "search_only", "failed", "winner", "best_control",
-        "tested", "verdict", "notes",
+        "evomerge_leaderboard", "study", "tasks", "objectives", "constraints", "select", "test", "search_only",
+        "failed", "front", "winner", "best_control", "tested", "verdict", "notes",
     }  # fmt: skip
     assert set(data["select"][0]) == {
-        "rank", "subject", "name", "kind", "score", "tasks", "difference", "search", "failures", "merge",
+        "rank", "subject", "name", "kind", "score", "objectives", "misses", "tasks", "difference", "search", "failures",
+        "merge",
     }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(lb.to_csv(board))))
     assert [r["subject"] for r in rows if r["section"] == "select"] == [r["subject"] for r in data["select"]]

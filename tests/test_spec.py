@@ -84,7 +84,8 @@ def test_load(folder: Path):
         "two": TaskSpec("two", weight=2.0, metric="acc", options={"fewshot": 3}),
     }
     assert (spec.workers.count, spec.workers.timeout, spec.workers.retries) == (2, 600.0, 2)
-    assert (spec.objective, spec.export_dtype, spec.compute_dtype, spec.seed) == ("mean", "bfloat16", "float32", 3)
+    assert spec.objective.short() == "mean"
+    assert (spec.export_dtype, spec.compute_dtype, spec.seed) == ("bfloat16", "float32", 3)
     assert spec.folder == folder
     assert spec.path == folder / "experiment.yaml"
     assert spec.space_where == f"{folder / 'experiment.yaml'}: space"

@@ -10,8 +10,10 @@ import optuna
 import pytest
 
 from evomerge.errors import Interrupted, UserError
+from evomerge.evaluation import Outcome
 from evomerge.launch import Options, aggregate_of, run_study, sqlite_url
 from evomerge.leaderboard import leaderboard
+from evomerge.mirror import Mirror
 from evomerge.planning import build_plan
 from evomerge.pools import Failure, Job, Result, WorkerSpec
 from evomerge.progress import Progress
@@ -313,7 +315,9 @@ class Crash(BaseException):
     """The driver dies here: not an Exception, so that nothing tidies up after it."""
 
 
-WRITES = ("add_trial", "save_evaluation", "finish_trial", "log_attempt", "log_event", "update_record")
+WRITES = (
+    "add_trial", "save_evaluation", "finish_trial", "log_attempt", "log_event", "update_record", "bind_objective",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -352,6 +356,13 @@ def crash_again_and_again(path: Path, die: Callable[[int], None], steps: range) 
     return run(path, ShuffledPool(2), store="crashed.db")
 
 
+BASE_AT_LEAST = {"task": "all", "at_least": 0.95, "of": "base"}
+
+
+def task_of(item_id: str, store: Store) -> str:
+    return store.item_tasks()[item_id]
+
+
 @pytest.mark.parametrize(
     "search",
     [
@@ -367,6 +378,88 @@ def test_a_driver_that_dies_around_any_store_write_resumes_as_if_it_had_not(writ
     resumed = crash_again_and_again(path, die, range(2, 15))
     assert trajectory(resumed) == trajectory(whole)
     assert scores(resumed) == scores(whole)
+
+
+RELATIVE = {
+    "normalize": "expert",
+    "experts": {"one": "expert0", "two": "expert1"},
+    "constraints": [{"task": "all", "at_least": 0.9, "of": "best_expert"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("search", "objective"),
+    [
+        ({"method": "nsga2", "population": 4}, {"of": ["one", "two"], **RELATIVE}),
+        ({"method": "tpe", "n_startup": 3}, {"of": ["min", "two"], **RELATIVE}),
+        ({"method": "cma"}, {"of": "mean", **RELATIVE}),
+    ],
+    ids=["nsga2", "tpe", "cma"],
+)
+def test_references_and_objectives_survive_deaths_around_any_store_write(write, die, search, objective):
+    path = write(search={"budget": 8, **search}, objective=objective)
+    whole = run(path, store="whole.db")
+    resumed = crash_again_and_again(path, die, range(2, 15))
+    assert [(t.values, t.margins) for t in resumed.trials()] == [(t.values, t.margins) for t in whole.trials()]
+    assert trajectory(resumed) == trajectory(whole)
+    assert scores(resumed) == scores(whole)
+    assert resumed.record["references"] == whole.record["references"]
+    copy = Mirror.of_record(resumed.database, "tiny", resumed.record).start().storage.get_all_trials(1)
+    assert [tuple(t.values) for t in copy] == [t.values or (t.score,) for t in whole.trials()]
+    assert [tuple(t.constraints.values()) for t in copy] == [t.margins for t in whole.trials()]
+
+
+def test_a_reference_that_fails_ends_the_study_and_a_resume_says_so_again(write):
+    path = write(objective={"normalize": "expert", "experts": {"one": "expert0", "two": "expert1"}})
+
+    def fault(job: Job) -> Result | None:
+        if job.key == "control:expert:expert1/search":
+            return Result(job.key, job.attempt, None, Failure("nan", "the score of item x is nan"))
+        return None
+
+    for pool in (ShuffledPool(faults=fault), ShuffledPool()):
+        with pytest.raises(NothingCompleted, match=r"relative to expert:expert1.*score of item x is nan"):
+            run(path, pool)
+    store = Store.open(sqlite_url(path.parent / "study.db"), "tiny")
+    assert not store.trials() and "references" not in store.record
+
+
+def test_a_reference_of_0_ends_the_study_before_the_search(write):
+    path = write(objective={"of": "one", "normalize": "expert", "experts": {"one": "expert0"}})
+    evaluator = path.parent / "my_eval.py"
+    evaluator.write_text(evaluator.read_text().replace("return scores", "return [0.0 for _ in scores]"))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"expert0, the own expert of task 'one', scores 0"):
+            run(path)
+
+
+def test_one_that_misses_a_constraint_on_select_does_not_win(write):
+    """Planted: the best on search by far, which keeps everything there, falls below the base on the select items."""
+    path = write(search={"method": "random", "budget": 6}, objective={"constraints": [BASE_AT_LEAST]})
+    whole = run(path, store="whole.db")
+    base = {split: whole.scores(split)["control:base"] for split in ("search", "select")}
+
+    def planted(job: Job) -> Result | None:
+        subject, _, split = job.key.partition("/")
+        if not subject.startswith("trial:") or split == "test":
+            return None
+        lift = dict.fromkeys(base[split], 2.0 if subject == "trial:3" else 1.0)
+        if subject == "trial:3" and split == "select":  # the highest mean by far, with one task below the base
+            size = abs(base[split]["two"])
+            lift = {"one": 10 * size, "two": -size}
+        tasks = {i: task_of(i, whole) for i in job.item_ids}
+        values = [Outcome(i, {"score": base[split][task] + lift[task]}) for i, task in tasks.items()]
+        return Result(job.key, job.attempt, tuple(values), None)
+
+    store = run(path, ShuffledPool(faults=planted))
+    board = leaderboard(store)
+    rows = {row.subject: row for row in board.select}
+    top = max((r for r in rows.values() if r.kind == "candidate"), key=lambda r: r.score.value)
+    assert (top.subject, top.misses != ()) == ("trial:3", True)
+    assert max(store.trials(), key=lambda t: t.merit).n == 3 and store.trials()[3].violation == 0
+    assert board.winner != "trial:3" and rows[board.winner].misses == ()
+    assert [s for s, r in rows.items() if r.kind == "candidate"][-1] == "trial:3"
+    assert store.record["rounds"][-1]["winner"] == board.winner
 
 
 @pytest.mark.parametrize("method", ["cma", "tpe"])

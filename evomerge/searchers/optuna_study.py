@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from evomerge.params import Param
@@ -98,17 +98,22 @@ class OptunaSearcher(Searcher):
     def tell(self, trial: Told) -> None:
         states = self._optuna.trial.TrialState
         if trial.usable:
-            self._set_constraints(trial)
+            trial_id = self._study.get_trials(deepcopy=False)[trial.n]._trial_id
+            for key, margin in constraint_attributes(trial.margins).items():
+                self._study._storage.set_trial_system_attr(trial_id, key, margin)
             self._study.tell(trial.n, list(trial.values) if self.num_objectives > 1 else trial.score)
         else:
             pruned = trial.state == "pruned"
             self._study.tell(trial.n, state=states.PRUNED if pruned else states.FAIL)
 
-    def _set_constraints(self, trial: Told) -> None:
-        # The trial was proposed or replayed long ago: all that is left of it is its record in the storage.
-        record = self._optuna.trial.create_trial(state=self._optuna.trial.TrialState.RUNNING)
-        for number, margin in enumerate(trial.margins):
-            record.set_constraint(str(number), margin)
-        trial_id = self._study.get_trials(deepcopy=False)[trial.n]._trial_id
-        for key, value in record.system_attrs.items():
-            self._study._storage.set_trial_system_attr(trial_id, key, value)
+
+def constraint_attributes(margins: Sequence[float]) -> dict[str, float]:
+    """The attributes by which Optuna keeps constraints, for trials that are no more than a record in its storage."""
+    if not margins:
+        return {}
+    import optuna
+
+    record = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
+    for number, margin in enumerate(margins):
+        record.set_constraint(str(number), margin)
+    return dict(record.system_attrs)

@@ -1,0 +1,105 @@
+"""Who is better, who goes on to `select`, and who wins: by merit, and with several objectives by fronts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evomerge import pareto
+from evomerge.objectives import PLAIN, Judged, Merit, Objective, merit
+
+if TYPE_CHECKING:
+    from evomerge.store import Evaluation, TrialRecord
+
+
+def is_candidate(subject: str) -> bool:
+    return subject.startswith(("trial:", "recommended:"))
+
+
+def is_control(subject: str) -> bool:
+    return subject.startswith("control:")
+
+
+def ranked_trials(trials: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
+    """The best ``count`` complete trials by what is known of search, best first; fewer if there are fewer.
+
+    With several objectives: the one with the best mean of them, then the others by fronts, the emptiest parts of a
+    front first, so that the first few cover it.
+    """
+    complete = sorted((t for t in trials if t.state == "complete"), key=lambda t: (t.merit, -t.n), reverse=True)
+    if not any(len(t.values) > 1 for t in complete):
+        return complete[:count]
+    order = pareto.best(np.array([t.values for t in complete]), [t.violation for t in complete], count)
+    return [complete[i] for i in [0, *(i for i in order if i != 0)][:count]]
+
+
+class Judge:
+    """An objective on the evaluations of one split, whose references are among them as far as they are known there."""
+
+    def __init__(self, objective: Objective, evaluations: Iterable[Evaluation]):
+        self.objective = objective
+        self._references = objective.references_in({e.subject: e.scores for e in evaluations})
+
+    def __call__(self, e: Evaluation) -> Judged:
+        return self.objective.judge(e.scores, self._references)
+
+    def merit(self, e: Evaluation) -> Merit:
+        return merit(e.objective, 0.0 if not self.objective.bounds else self(e).violation)
+
+    def front(self, evaluations: Sequence[Evaluation]) -> set[str]:
+        """The subjects that miss no constraint, and that no other such one is better than in every objective."""
+        judged = {e.subject: j for e in evaluations if not (j := self(e)).violation}
+        subjects = list(judged)
+        return {subjects[i] for i in pareto.front(np.array([judged[s].values for s in subjects]))} if judged else set()
+
+    def ranked(self, candidates: Iterable[Evaluation], search: Mapping[str, Merit]) -> list[Evaluation]:
+        """Best first. Ties go to the higher merit on search, then to the lower number, trials first."""
+
+        def order(e: Evaluation) -> tuple[Any, ...]:
+            kind, _, number = e.subject.partition(":")
+            return (self.merit(e), search.get(e.subject, merit(None)), kind == "trial", -int(number))
+
+        return sorted(candidates, key=order, reverse=True)
+
+
+def choose_winner(
+    evaluations: Iterable[Evaluation], objective: Objective = PLAIN, search: Mapping[str, Merit] | None = None
+) -> Evaluation | None:
+    """The candidate (``trial:`` or ``recommended:``) of the highest merit on select, or None.
+
+    One that misses a constraint wins only if all do. With several objectives it is the member of the front with the
+    highest mean of them.
+
+    Args:
+        search: subject -> merit on search, for ties; by default of the ``evaluations`` on search.
+    """
+    evaluations = list(evaluations)
+    if search is None:
+        judge = Judge(objective, ())
+        search = {e.subject: judge.merit(e) for e in evaluations if e.split == "search"}
+    latest = {e.subject: e for e in evaluations if e.split == "select"}
+    candidates = [e for e in latest.values() if is_candidate(e.subject)]
+    return next(iter(Judge(objective, latest.values()).ranked(candidates, search)), None)
+
+
+def find_winner(
+    record: Mapping[str, Any], evaluations: Sequence[Evaluation], search: Mapping[str, Merit] | None = None
+) -> Evaluation | None:
+    """The winner of the latest finished round; while the first round is not finished, the best on select so far.
+
+    Args:
+        record: the study's; its ``rounds`` name the winners of finished rounds.
+        evaluations: at least those on select and test, of controls as well.
+        search: as for ``choose_winner``.
+    """
+    best = choose_winner(evaluations, Objective.of_record(record), search)
+    tested = {e.subject for e in evaluations if e.split == "test"}
+    if best is None or best.subject in tested:
+        return best
+    for finished in reversed(record.get("rounds", [])):
+        for e in evaluations:
+            if e.split == "select" and e.subject == finished["winner"] and e.subject in tested:
+                return e
+    return best
