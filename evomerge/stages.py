@@ -82,7 +82,10 @@ def built(recipe: Recipe, beside: Path, progress: Progress | None = None, *, mor
         try:
             own = stack.enter_context(scratch_folder(existing))
         except CandidateError as error:
-            raise CheckpointError(error.reason, remedy="Choose another output folder.") from error
+            raise CheckpointError(
+                f"the stages cannot be written to {existing} (or its disk is full)",
+                remedy="Check the folder and its rights, or choose another one.",
+            ) from error
         yield _build(recipe, lambda h: kept_folder(h) if h in kept else own / h, progress or Progress(), more)
 
 

@@ -26,8 +26,9 @@ from sqlalchemy.exc import IntegrityError
 
 from evomerge import database as db
 from evomerge.database import Database
-from evomerge.errors import SpecError, StudyError
+from evomerge.errors import SpecError, StudyError, UserError
 from evomerge.json_stream import JsonStream
+from evomerge.objectives import Objective
 from evomerge.progress import Progress
 from evomerge.spec import NAME
 from evomerge.store import Store
@@ -183,6 +184,10 @@ def _record(stream: JsonStream, keys: Iterator[str], head: Head, wanted: str, wh
         raise ValueError("the record of the study's experiment is missing")
     record = stream.value()
     validate(Record, record, where=at(where, "record"))
+    try:
+        Objective.of_record(record)
+    except (UserError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"the record's objective is none: {error}") from error
     if wanted != head.name:
         record["spec"]["name"] = wanted
     return _line(record)

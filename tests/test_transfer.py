@@ -195,6 +195,7 @@ WRONG = [
     ("record", [], "record"),
     ("record.spec", 3, "record.spec"),
     ("record.spec.base", KeyError, "'base' is missing"),
+    ("record.spec.objective", {"of": 3}, "objective"),
     ("record.folder", KeyError, "'folder' is missing"),
     ("record.worker", {"threads": 1}, "worker and dimensions"),
     ("record.dimensions", [{"name": "x"}], "worker and dimensions"),
