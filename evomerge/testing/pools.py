@@ -125,12 +125,16 @@ def on_checkpoints(spec: WorkerSpec) -> WorkerSpec:
 def make_job(spec: WorkerSpec, n: int, *items: str, attempt: int = 1) -> Job:
     """Job ``n``: task arithmetic with weights of its own, on ``items`` or on all words."""
     recipe = Recipe(
-        base=Source(**spec.base),
-        experts=tuple(Source(**source) for source in spec.experts),
+        base=_source(spec.base),
+        experts=tuple(_source(source) for source in spec.experts),
         method="task_arithmetic",
         groups=(Group(weights=(0.1 * n, 1.0 - 0.05 * n)),),
     )
     return Job(f"trial:{n}/search", attempt, recipe.to_dict(), items or WORDS)
+
+
+def _source(source: Mapping[str, str]) -> Source:
+    return Source(source["name"], source["path"], source["sha256"])
 
 
 def collect(pool: Pool, count: int, seconds: float = 180) -> list[Result]:
