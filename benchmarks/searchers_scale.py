@@ -92,7 +92,7 @@ def search(label: str, space: Space, trials: int) -> list[Told]:
 
 def evaluation(subject: str, split: str, recipe: Recipe, objective: float) -> Evaluation:
     outcomes = tuple(Outcome(i.id, {"acc": float(k % 100 < 70)}) for k, i in enumerate(ITEMS) if i.split == split)
-    scores = dict.fromkeys(TASKS, objective)
+    scores: dict[str, float] = dict.fromkeys(TASKS, objective)
     return Evaluation(f"{subject}/{split}", subject, split, recipe.hash, recipe.to_dict(), outcomes, scores, objective)
 
 
@@ -145,5 +145,6 @@ def main(trials: int, dimensions: int, labels: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    numbers = [int(a) for a in sys.argv[1:3]]
-    main(*(numbers + [5000, 300][len(numbers) :]), [" ".join(sys.argv[3:])] if sys.argv[3:] else list(SEARCHERS))
+    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+    dimensions = int(sys.argv[2]) if len(sys.argv) > 2 else 300
+    main(trials, dimensions, [" ".join(sys.argv[3:])] if sys.argv[3:] else list(SEARCHERS))

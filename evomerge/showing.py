@@ -17,7 +17,7 @@ from evomerge.keeping import dense_bytes
 from evomerge.launch import Options, storage_of
 from evomerge.merging import written_bytes
 from evomerge.objectives import Objective
-from evomerge.planning import Plan
+from evomerge.planning import Plan, make_searcher
 from evomerge.progress import clock, size
 from evomerge.ranking import Judge, find_winner
 from evomerge.recipe import Recipe
@@ -201,6 +201,7 @@ def describe_plan(plan: Plan, options: Options) -> str:
         f"then up to {controls + top + 1} on select and {controls + 1} on test: {total} items in all",
         f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
         *([f"note         {idle}"] if (idle := idle_workers(plan, count)) else []),
+        *([f"note         {slow}"] if (slow := make_searcher(spec, space).note(budget)) else []),
         f"memory       {_memory(plan, resident)}",
         f"disk         {size(free)} free; an export takes about {size(base.total_bytes)}",
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",

@@ -138,6 +138,10 @@ class Searcher(ABC):
         budget = min(budget, self.size or budget)
         return next((n for n in range(budget) if self.needs(n) > 0), budget)
 
+    def note(self, budget: int) -> str | None:
+        """What a user should know before a search of ``budget`` trials, such as how slow its proposals become."""
+        return None
+
     @abstractmethod
     def needs(self, n: int) -> int:
         """How many of the first trials must be told before trial ``n`` is proposed (reproducible schedule).

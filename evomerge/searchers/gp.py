@@ -32,6 +32,15 @@ class GPSearcher(OptunaSearcher):
     def sampler(self, seed: int) -> Any:
         return self._optuna.samplers.GPSampler(seed=seed, n_startup_trials=self.options["n_startup"])
 
+    def note(self, budget: int) -> str | None:
+        """Measured: 0.5 to 1.5 s of CPU a proposal at 100 trials in 5 to 100 dimensions, 3.5 s at 800 in 5 and 25."""
+        if budget <= 1000 and len(self.space.dimensions) <= 100:
+            return None
+        return (
+            f"searcher gp, {budget} trials, {len(self.space.dimensions)} dimensions: a proposal takes seconds of the "
+            "driver at 1,000 trials and minutes at some thousands, and workers wait for it. cma takes a millisecond."
+        )
+
     def ask(self, n: int) -> Point:
         import torch
 

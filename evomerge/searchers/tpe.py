@@ -28,3 +28,13 @@ class TPESearcher(OptunaSearcher):
             group=self.conditional,
             multivariate=True if self.conditional else None,  # None: Optuna's choice by the number of objectives
         )
+
+    def note(self, budget: int) -> str | None:
+        """Measured: 0.4, 0.9 and 2.9 s of CPU a proposal at 1,000, 2,000 and 5,000 trials in 300 dimensions."""
+        seconds = 2e-6 * budget * len(self.space.dimensions)
+        if seconds < 1:
+            return None
+        return (
+            f"searcher tpe, {budget} trials, {len(self.space.dimensions)} dimensions: the last proposals take about "
+            f"{seconds:.0f} s each of the driver, and workers wait for them. cma takes a millisecond."
+        )

@@ -7,7 +7,7 @@ import pytest
 
 from evomerge.errors import SpecError
 from evomerge.searchers import make
-from evomerge.searchers.base import Told
+from evomerge.searchers.base import Told, keyed_generator
 from evomerge.searchers.tpe import TPESearcher
 from evomerge.testing.searchers import MemoryStudy, SearcherContract, make_space, smooth
 
@@ -93,3 +93,42 @@ def test_optuna_stays_quiet_and_its_verbosity_is_left_alone(capfd: pytest.Captur
 def test_bad_options(options: dict):
     with pytest.raises(SpecError, match=next(iter(options))):
         make("tpe", make_space(), **options)
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["all complete", "some fail"])
+def test_is_optunas_sampler(failing: bool):
+    """The same proposals as Optuna's own sampler gives, which looks for the dimensions in the trials themselves."""
+    space = make_space()
+    ours = TPESearcher(space, seed=4, n_startup=3, window=1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    theirs = optuna.create_study(direction="maximize")
+    distributions = {d.name: d.distribution() for d in space.dimensions}
+    for n in range(15):
+        point = ours.ask(n)
+        if n < 3:
+            trial_point = point
+            theirs.add_trial(
+                optuna.trial.create_trial(
+                    state=optuna.trial.TrialState.RUNNING, params=point, distributions=distributions
+                )
+            )
+        else:
+            seed = int(keyed_generator(4, n).integers(2**32))
+            theirs.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=3)
+            trial_point = theirs.ask(fixed_distributions=distributions).params
+        assert point == trial_point
+        state = "fail" if failing and n % 3 == 1 else "complete"
+        ours.tell(Told(n, point, state, None if state == "fail" else smooth(point)))
+        if state == "fail":
+            theirs.tell(n, state=optuna.trial.TrialState.FAIL)
+        else:
+            theirs.tell(n, smooth(point))
+
+
+def test_a_search_whose_proposals_become_slow_says_so():
+    assert make("tpe", make_space()).note(5000) is None
+    wide = make("tpe", make_space(experts=40, groups=8)).note(5000)
+    assert wide is not None and "320 dimensions" in wide and "3 s" in wide
+    assert make("gp", make_space()).note(300) is None
+    assert "minutes" in str(make("gp", make_space()).note(3000))
+    assert make("cma", make_space(experts=40, groups=8)).note(5000) is None
