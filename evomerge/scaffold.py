@@ -49,6 +49,10 @@ evaluate:
   # Items a task. The search learns from the first, the second pick the winner, the third say what it is worth.
   split: {{search: 20, select: 40, test: 60}}
 
+# How the tasks' scores become one: mean or min. `evomerge schema` says how to have scores relative to those of base or
+# experts, constraints, or several objectives.
+objective: mean
+
 # One worker runs on this machine without Ray. For more: {{count: 4, gpus: 1, device: cuda}}.
 workers: {{count: 1}}
 
