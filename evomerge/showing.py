@@ -15,6 +15,7 @@ from evomerge.exporting import merged_bytes
 from evomerge.folders import find_folder
 from evomerge.keeping import dense_bytes
 from evomerge.launch import Options, storage_of
+from evomerge.memory import worker_bytes
 from evomerge.merging import written_bytes
 from evomerge.objectives import Objective
 from evomerge.planning import Plan, make_searcher
@@ -162,7 +163,6 @@ def describe_plan(plan: Plan, options: Options) -> str:
     base = plan.sources.base
     assert base is not None
     count = options.workers or spec.workers.count
-    resident = sum(base.numel(n) for n in base.names) * {"float32": 4, "float64": 8}.get(spec.compute_dtype, 2)
     lines = [
         f"study        {spec.name} in {storage_of(spec, options.storage)}",
         f"base         {plan.template.base.path}  {size(base.total_bytes)}  sha256 {plan.template.base.sha256[:12]}"
@@ -202,7 +202,7 @@ def describe_plan(plan: Plan, options: Options) -> str:
         f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
         *([f"note         {idle}"] if (idle := idle_workers(plan, count)) else []),
         *([f"note         {slow}"] if (slow := make_searcher(spec, space).note(budget)) else []),
-        f"memory       {_memory(plan, resident)}",
+        f"memory       {_memory(plan)}",
         f"disk         {size(free)} free; an export takes about {size(base.total_bytes)}",
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",
         "nothing was written",
@@ -210,11 +210,12 @@ def describe_plan(plan: Plan, options: Options) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _memory(plan: Plan, resident: int) -> str:
+def _memory(plan: Plan) -> str:
     """What a worker holds: its model, unless the evaluator asks for candidates on disk, and perhaps sources."""
     spec = plan.spec
     if plan.evaluator.needs == "model":
-        model = f"about {size(resident)} a worker for the model ({spec.compute_dtype})"
+        needed = worker_bytes(plan.sources, spec.compute_dtype)
+        model = f"up to {size(needed)} a worker (its model in {spec.compute_dtype}), beside the evaluator's activations"
     else:
         written = size(written_bytes(plan.sources, spec.export_dtype))
         place = spec.scratch_path or tempfile.gettempdir()
