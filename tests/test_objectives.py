@@ -129,7 +129,9 @@ def test_the_linear_form_says_the_same(scores, of, relative, reference):
     references = {**REFERENCES, "control:expert:add": {"add": reference, "topic": 0.5}}
     keys = {"normalize": "expert", "experts": {"topic": "topics"}} if relative and of != "add" else {}
     made = objective(references, of=of, **keys)
-    factors, offset = made.linear(made.terms)
+    linear = made.linear(made.terms)
+    assert linear is not None
+    factors, offset = linear
     assert math.isclose(
         offset + sum(f * scores[t] for t, f in factors.items()), made.judge(scores).score, rel_tol=1e-9, abs_tol=1e-9
     )

@@ -66,6 +66,7 @@ def test_parents_are_the_best_of_all_that_was_told():
     for generation in range(1, 6):
         values = np.array([t.values for t in told])
         order = pareto.best(values, [t.violation for t in told], 8)
+        assert isinstance(whole.searcher, NSGA2Searcher)
         parents = whole.searcher._parents
         assert [p.n for p in parents] == [told[i].n for i in order]
         whole.run(8 * (generation + 1)).tell_all()

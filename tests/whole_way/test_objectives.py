@@ -35,7 +35,14 @@ def experiment(many: Callable[..., Path]) -> Path:
 
 
 def trials_at(path: Path) -> int:
-    return len(store(path).trials()) if (path.parent / "evomerge.db").exists() else 0
+    from evomerge.store import Store
+
+    states = ("running", "complete", "failed", "pruned")
+    return sum(summary[state] for summary in Store.names(url_at(path)) for state in states)
+
+
+def url_at(path: Path) -> str:
+    return f"sqlite:///{path.parent / 'evomerge.db'}"
 
 
 @pytest.mark.slow
@@ -66,7 +73,7 @@ def test_two_objectives_killed_resumed_and_exported(many: Callable[..., Path], t
         assert math.isclose(e.objective, sum(relative) / 2, rel_tol=1e-12), e.key
 
     # Optuna's copy has both directions, and the constraints by which Optuna itself calls trials feasible.
-    copy = optuna.load_study(study_name="tiny", storage=study.url)
+    copy = optuna.load_study(study_name="tiny", storage=url_at(path))
     assert len(copy.directions) == 2
     base = scores["control:base"]
     for trial in copy.trials:
@@ -99,7 +106,7 @@ def test_two_objectives_killed_resumed_and_exported(many: Callable[..., Path], t
     assert again["misses"] == rows[other]["misses"]
     shown = evomerge("show", path, other.removeprefix("trial:")).out
     assert f"objective {again['objective']:.4f}" in shown
-    summary = evomerge("studies", "--storage", study.url).out
+    summary = evomerge("studies", "--storage", url_at(path)).out
     trials = [t.score for t in study.trials() if not t.violation]
     assert not trials or f"{max(trials):.3f}" in summary
 
