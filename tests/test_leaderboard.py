@@ -58,7 +58,7 @@ class Study:
             recipe=recipe or {"method": "linear", "groups": [{"weights": {"a": 0.7, "b": 0.3}}]},
             outcomes=tuple(outcomes),
             scores=scores,
-            objective=mean if self.objective == "mean" else min(scores.values()),
+            objective=min(scores.values()) if self.objective == "min" else mean,
         )
         self.store.save_evaluation(e)
         return e
@@ -354,3 +354,26 @@ def test_coefficients_in_short():
     assert lb.merge_in_short(groups(0.25, 0.25)) == "ties(density=0.50, sign=mass) a 0.25"
     assert lb.merge_in_short(groups(0.1, 0.2)) == "ties(density=0.50, sign=mass) a 0.10/0.20"
     assert lb.merge_in_short(groups(0.1, 0.5, 0.9, 0.2, 0.3)) == "ties(density=0.50, sign=mass) a 0.10..0.90"
+
+
+# Constraints and several objectives
+
+
+def test_what_misses_a_constraint_is_marked_and_the_verdict_says_when_all_do(tmp_path):
+    study = Study(tmp_path / "c.db", objective={"constraints": [{"task": "add", "at_least": 0.9, "of": "base"}]})
+    study.store.update_record(references={"control:base": {"add": 0.5, "topic": 0.5}})
+    for subject in ("control:base", "control:average"):
+        study.evaluate(subject, "select", 0.6)
+    high, low = study.trial(0.9), study.trial(0.8)
+    study.evaluate(high, "select", {"add": 0.3, "topic": 1.1})
+    study.evaluate(low, "select", {"add": 0.4, "topic": 0.1})
+    board = study.board()
+    rows = {r.subject: r for r in board.select}
+    assert board.winner == low and rows[high].score.value > rows[low].score.value
+    assert rows[high].misses and rows["control:base"].misses == ()
+    assert board.verdict.startswith("No candidate keeps every constraint on select; trial 1 is the nearest")
+    assert "trial 0 (infeasible)" in text_of(board, 200) and "trial 0 misses on select: add is" in text_of(board, 200)
+    assert max(map(len, text_of(board).splitlines())) <= 100
+    by_subject = {r["subject"]: r for r in csv.DictReader(io.StringIO(lb.to_csv(board)))}
+    assert by_subject[high]["misses"] == "; ".join(rows[high].misses) != ""
+    assert "trial 0 misses on select" in lb.to_markdown(board)
