@@ -386,8 +386,8 @@ class RayPool:
                 ray.kill(slot.actor, no_restart=True)
         if self._started_ray:
             self._disconnect(descendants)
-            if spec is not None:
-                remove_stale(spec.scratch)
+        if spec is not None:
+            remove_stale(spec.scratch)  # of this machine's workers; on others, whoever starts there next does it
 
     def _disconnect(self, descendants: Sequence[psutil.Process]) -> None:
         """Leave the cluster, or end the one on this machine, with every process of it."""

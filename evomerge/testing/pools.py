@@ -14,6 +14,7 @@ from evomerge.errors import CheckpointError, EvaluatorError
 from evomerge.evaluation import Outcome
 from evomerge.pools import Job, Pool, Result, WorkerSpec
 from evomerge.recipe import Group, Recipe, Source
+from evomerge.scratch import remove_stale
 from evomerge.testing import engines, tiny
 
 EVALUATOR = '''"""Log-likelihoods of short texts, and one item for every way in which an evaluation can go wrong."""
@@ -416,6 +417,11 @@ class KillablePoolContract(PoolContract):
             mode.unlink(missing_ok=True)
             pids.unlink(missing_ok=True)
             pool.close()
+        # A pool may kill without waiting for the death: what that leaves is known as stale once the process has gone.
+        end = time.monotonic() + 30
+        while list(Path(spec.scratch).iterdir()) and time.monotonic() < end:
+            time.sleep(0.2)
+            remove_stale(spec.scratch)
         assert list(Path(spec.scratch).iterdir()) == []
 
     def test_a_worker_that_dies_whenever_it_is_built_ends_the_run(self, spec: WorkerSpec):
