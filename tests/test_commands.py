@@ -152,8 +152,9 @@ def test_what_a_program_leaves_running_is_killed(folder: Path, target: Target):
 
 # A process that evaluates with a program that hangs, as a worker would.
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with Ctrl-C ignored
 from evomerge import EvaluatorContext, Target, TaskSpec
 from evomerge.evaluation import load_evaluator
 folder, checkpoint = map(Path, sys.argv[1:])
