@@ -115,8 +115,10 @@ def _tables(board: Leaderboard) -> Iterator[Table]:
 
 
 def _more_tables(title: str, rows: Sequence[Row], board: Leaderboard) -> Iterator[Table]:
-    """Scores by objective and by task, as many abreast as fit."""
+    """Scores by objective and by task (unless the tasks are the objectives), as many abreast as fit."""
     tasks = board.tasks if len(board.tasks) > 1 else ()
+    if all(r.tasks.get(task) == r.objectives.get(task) for r in rows for task in tasks):
+        tasks = ()
     for kind, names in (("objective", _objectives(board)), ("task", tasks)):
         for start in range(0, len(names), TASKS_ABREAST):
             abreast = names[start : start + TASKS_ABREAST]

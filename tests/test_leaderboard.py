@@ -377,3 +377,16 @@ def test_what_misses_a_constraint_is_marked_and_the_verdict_says_when_all_do(tmp
     by_subject = {r["subject"]: r for r in csv.DictReader(io.StringIO(lb.to_csv(board)))}
     assert by_subject[high]["misses"] == "; ".join(rows[high].misses) != ""
     assert "trial 0 misses on select" in lb.to_markdown(board)
+
+
+@pytest.mark.parametrize(("objectives", "by_task"), [(["add", "topic"], False), (["mean", "topic"], True)])
+def test_objectives_have_tables_of_their_own_and_tasks_that_are_objectives_are_shown_once(
+    tmp_path, objectives, by_task
+):
+    study = Study(tmp_path / "o.db", objective={"of": objectives})
+    study.controls("search", "select")
+    study.evaluate(study.trial(0.9), "select", {"add": 0.9, "topic": 0.3})
+    text = text_of(study.board())
+    assert "Select by objective" in text
+    assert ("Select by task" in text) == by_task
+    assert max(map(len, text.splitlines())) <= 100
