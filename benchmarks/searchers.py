@@ -60,7 +60,7 @@ CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "grid": ("grid", {}),
 }
 DETERMINISTIC = {"coordinate", "soup", "grid"}  # one seed says all
-COSTLY = {"gp": (20, 0)}  # seeds, and of these with the largest budget: a proposal's time grows with the trials' cube
+COSTLY = {"gp": (20, 4)}  # seeds, and of these with the largest budget: a proposal's time grows with the trials' cube
 
 
 @dataclass(frozen=True)

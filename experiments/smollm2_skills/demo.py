@@ -5,6 +5,7 @@ Every step is a command that one can type; this file only strings them together 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -31,7 +32,11 @@ def step(title: str, *command: str | Path, accept: tuple[int, ...] = (0,)) -> No
     """Run a command with its output on this terminal; ends the demo if it fails."""
     words = [shown(c) if isinstance(c, Path) else c for c in command]
     say(f"\n== {title}\n$ {' '.join(words)}")
-    code = subprocess.call([*python(command[0]), *words[1:]])
+    process = subprocess.Popen([*python(command[0]), *words[1:]])
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the step has heard of it, too, and ends in its own way
+            process.wait()
+    code = process.returncode
     if code not in accept:
         say(f"\nThe demo stopped at this step (exit code {code}). Run `make demo` again to go on from here.")
         sys.exit(code)
