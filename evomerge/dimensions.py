@@ -48,7 +48,7 @@ class Dimension:
                 return min(max(round(math.exp(edges[0] + share * (edges[1] - edges[0]))), low), high)
             return min(low + int(share * (high - low + 1)), high)
         if self.log:
-            value = self.low * math.exp(share * math.log(self.high / self.low))
+            value = self.low ** (1 - share) * self.high**share  # high / low may be too large for a float
         else:
             value = self.low + float(share) * (self.high - self.low)
         return min(max(value, self.low), self.high)
@@ -63,7 +63,7 @@ class Dimension:
         else:
             low, high = self.low, self.high
         if self.log:
-            return math.log(number / low) / math.log(high / low)
+            return (math.log(number) - math.log(low)) / (math.log(high) - math.log(low))
         return (number - low) / (high - low)
 
     def part(self, value: Value) -> tuple[float, float]:

@@ -46,6 +46,15 @@ def test_the_middle_of_a_range_by_factors_is_the_geometric_mean():
     assert WEIGHT.at(0.5) == 0.5
 
 
+@pytest.mark.parametrize("low", [5e-324, 2.3e-309, 1e-300])
+def test_a_range_by_factors_may_span_more_than_a_float_holds(low: float):
+    """high / low is infinite for the first two, and e^(log high - log low) for the first."""
+    wide = Dimension("wide", low, 1e300, 1.0, log=True)
+    assert (wide.at(0.0), wide.at(1.0)) == (low, 1e300)
+    assert wide.at(0.5) == pytest.approx(math.exp((math.log(low) + math.log(1e300)) / 2))
+    assert all(wide.share(wide.at(share)) == pytest.approx(share, abs=1e-12) for share in (0.0, 0.1, 0.5, 0.9, 1.0))
+
+
 @pytest.mark.parametrize("dimension", [RANK, MODE], ids=lambda d: d.name)
 def test_whole_numbers_and_choices_have_equal_parts(dimension: Dimension):
     counts = Counter(dimension.at((i + 0.5) / 1200) for i in range(1200))
