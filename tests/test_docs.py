@@ -30,6 +30,19 @@ def test_experiment_file_names_every_key():
     assert "additionalProperties" in json.dumps(schema)
 
 
+def test_methods_page_has_a_line_for_every_method_with_its_parameters():
+    from evomerge.methods import METHODS
+
+    table = (ROOT / "docs" / "methods.md").read_text().partition("## All methods")[2].partition("\n## ")[0]
+    lines = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"`\w+`", cells[0]):
+            assert len(cells) == 6, line
+            lines[cells[0].strip("`")] = set(re.findall(r"`(\w+)`", cells[-1]))
+    assert lines == {name: set(method.params) for name, method in METHODS.items()}
+
+
 def test_docs_link_to_files_that_exist():
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *ROOT.glob("experiments/*/README.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
