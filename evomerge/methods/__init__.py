@@ -101,7 +101,9 @@ class _Sources:
     experts: Sequence[Mapping[str, Tensor]]
 
     def load(self, name: str) -> tuple[TensorInfo, Tensor | None, list[Tensor]]:
-        info = TensorInfo(name, shape=tuple(self.first[name].shape))
+        from evomerge.checkpoints import tensor_kind  # here, because checkpoints.py is built on this package
+
+        info = TensorInfo(name, *tensor_kind(name), shape=tuple(self.first[name].shape))
         return info, None if self.base is None else self.base[name], [expert[name] for expert in self.experts]
 
     def __iter__(self):
