@@ -15,8 +15,9 @@ from evomerge.methods.base import Method, TensorInfo, check_experts, check_param
 from evomerge.methods.basic import Linear, TaskArithmetic
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.control import RandomVectors
-from evomerge.methods.sparse import DareLinear, DareTies, Ties
+from evomerge.methods.dare import DareLinear, DareTies
 from evomerge.methods.spherical import Slerp
+from evomerge.methods.ties import Ties
 
 _ALL: tuple[Method, ...] = (
     Linear(),

@@ -1,4 +1,4 @@
-"""TIES and DARE against references written from their papers."""
+"""TIES against a reference written from its paper."""
 
 from __future__ import annotations
 
@@ -15,33 +15,7 @@ from evomerge.methods import METHODS, merge_state_dicts
 from evomerge.methods.base import TensorInfo, check_params
 
 from .families import Family, assert_close, families
-from .test_random import documented_uniform
-
-densities = st.floats(0.01, 1)
-modes = st.sampled_from(["mean", "sum"])
-
-
-def trim(tau: np.ndarray, density: float) -> np.ndarray:
-    """TIES-Merging, algorithm 1, step 1: keep_topk_reset_rest_to_zero; equal magnitudes are all kept."""
-    keep = max(1, round(density * tau.size))
-    smallest = np.sort(np.abs(tau).reshape(-1))[::-1][keep - 1]
-    return np.where(np.abs(tau) >= smallest, tau, 0.0)
-
-
-def elect_and_merge(taus: list[np.ndarray], weights: list[float], mode: str, normalize: bool) -> np.ndarray:
-    """Algorithm 1, steps 2 and 3, entry by entry, with weights on the trimmed task vectors."""
-    out = np.zeros(taus[0].size)
-    flat = [tau.reshape(-1) for tau in taus]
-    for p in range(out.size):
-        entries = [(weight, weight * tau[p]) for weight, tau in zip(weights, flat, strict=True)]
-        elected = 1.0 if sum(value for _, value in entries) >= 0 else -1.0
-        agree = [(weight, value) for weight, value in entries if value * elected > 0]
-        if agree:
-            total = sum(value for _, value in agree)
-            share = sum(weight for weight, _ in agree)
-            divisor = (share if abs(share) >= 1e-8 else 1) if normalize else len(agree) if mode == "mean" else 1
-            out[p] = total / divisor
-    return out.reshape(taus[0].shape)
+from .references import densities, elect_and_merge, modes, trim
 
 
 @given(families(), densities, modes, st.booleans(), st.floats(-1, 2))
@@ -161,98 +135,6 @@ def test_ties_prepares_only_what_no_candidate_changes():
     # A state for another density is not used: the tensor, whole here, gives its own thresholds.
     merged = ties.merge(base, [expert], weights=[1], info=sources[0][0], state=state, density=0.25)
     assert merged.tolist() == [0, 0, 0, 0, 0, 0, 6, 7]
-
-
-# -- DARE
-
-
-def drop(tau: np.ndarray, key: tuple[int, str, int], *, density: float, rescale: str) -> np.ndarray:
-    """DARE, section 3.2: delta = m * tau / (1 - p), m Bernoulli(1 - p), here 1 - p = density; the documented mask."""
-    mask = documented_uniform(*key, 0, tau.size).reshape(tau.shape) < np.float32(density)
-    kept = tau * mask
-    if density == 1:
-        return tau
-    if rescale == "l1":
-        return kept * (np.abs(tau).sum() / np.abs(kept).sum() if kept.any() else 1)
-    return kept / density
-
-
-dare = {"seed": st.integers(0, 2**40), "density": densities, "rescale": st.sampled_from(["density", "l1"])}
-
-
-@given(family=families(), scale=st.floats(-1, 2), **dare)
-def test_dare_linear(family: Family, seed: int, density: float, rescale: str, scale: float):
-    dropped = [drop(tau, (seed, family.name, t), density=density, rescale=rescale) for t, tau in enumerate(family.taus)]
-    expected = family.base + scale * sum(w * tau for w, tau in zip(family.weights, dropped, strict=True))
-    merged = family.merge("dare_linear", seed=seed, density=density, rescale=rescale, scale=scale)
-    assert_close(merged, expected)
-
-
-@given(family=families(low=0.0), mode=modes, normalize=st.booleans(), **dare)
-def test_dare_ties(family: Family, seed: int, *, density: float, rescale: str, mode: str, normalize: bool):
-    """DARE's drop, then TIES-Merging's election and disjoint merge."""
-    # Continuous numbers: on a grid, rescaled sums could cancel or not by a matter of rounding.
-    rng = np.random.default_rng(seed)
-    family.experts = [family.base + rng.standard_normal(family.base.shape) for _ in family.experts]
-    dropped = [drop(tau, (seed, family.name, t), density=density, rescale=rescale) for t, tau in enumerate(family.taus)]
-    expected = family.base + elect_and_merge(dropped, family.weights, mode, normalize)
-    merged = family.merge("dare_ties", seed=seed, density=density, rescale=rescale, mode=mode, normalize=normalize)
-    assert_close(merged, expected)
-
-
-@given(families(), st.integers(0, 2**40))
-def test_dare_at_density_1_is_what_follows_it(family: Family, seed: int):
-    for rescale in ("density", "l1"):
-        merged = family.merge("dare_linear", seed=seed, density=1.0, rescale=rescale)
-        assert np.array_equal(merged, family.merge("task_arithmetic"))
-        merged = family.merge("dare_ties", seed=seed, density=1.0, rescale=rescale)
-        assert np.array_equal(merged, family.merge("ties", density=1.0))
-
-
-def test_dare_keeps_the_stated_share_and_the_expectation():
-    """Independent of how masks are keyed: the kept share is binomial, and the mean over seeds is task arithmetic."""
-    rng = np.random.default_rng(0)
-    n, seeds = 20_000, range(40)
-    family = Family(rng.standard_normal(n), [], [0.6, 0.9])
-    family.experts = [family.base + 0.1 * rng.standard_normal(n) for _ in range(2)]
-    for density in (0.1, 0.5, 0.9):
-        only_first = Family(family.base, family.experts, [0.6, 0.0])
-        mean = np.zeros(n)
-        for seed in seeds:
-            shift = only_first.merge("dare_linear", seed=seed, density=density) - family.base
-            kept = int((np.abs(shift) > 1e-14).sum())
-            assert abs(kept - n * density) < 6 * np.sqrt(n * density * (1 - density))
-            mean += family.merge("dare_linear", seed=seed, density=density) / len(seeds)
-        spread = sum((w * t) ** 2 for w, t in zip(family.weights, family.taus, strict=True)) * (1 / density - 1)
-        deviation = (mean - family.merge("task_arithmetic")) / np.sqrt(spread / len(seeds))
-        assert abs(deviation.mean()) < 6 / np.sqrt(n)
-        assert abs(deviation.std() - 1) < 0.05
-
-
-def test_dare_masks_differ_between_experts_tensors_and_seeds():
-    base, expert = torch.zeros(1000), torch.ones(1000)
-
-    def kept(seed: int = 0, name: str = "w", before: int = 0) -> torch.Tensor:
-        experts = [base] * before + [expert]
-        merged = METHODS["dare_linear"].merge(
-            base, experts, weights=[1.0] * len(experts), info=TensorInfo(name, shape=(1000,)), seed=seed
-        )
-        return merged != 0
-
-    masks = [kept(), kept(seed=1), kept(name="v"), kept(before=1)]
-    for i, mask in enumerate(masks):
-        for other in masks[:i]:
-            assert 350 < int((mask == other).sum()) < 650
-
-
-def test_l1_rescaling_restores_the_norm_of_each_task_vector():
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(500, generator=generator, dtype=torch.float64)
-    expert = base + torch.randn(500, generator=generator, dtype=torch.float64)
-    info = TensorInfo("w", shape=(500,))
-    for method in ("dare_linear", "dare_ties"):
-        merged = METHODS[method].merge(base, [expert], weights=[1.0], info=info, density=0.2, rescale="l1")
-        torch.testing.assert_close((merged - base).abs().sum(), (expert - base).abs().sum())
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
