@@ -13,6 +13,7 @@ from torch import Tensor
 from evomerge.errors import CheckpointError
 from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
 from evomerge.methods.basic import Linear, TaskArithmetic
+from evomerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
@@ -25,6 +26,8 @@ _ALL: tuple[Method, ...] = (
     Ties(),
     DareLinear(),
     DareTies(),
+    Breadcrumbs(),
+    BreadcrumbsTies(),
     Slerp(),
     RandomVectors(),
 )

@@ -42,6 +42,16 @@ class TestDareTies(MethodContract):
     )
 
 
+class TestBreadcrumbs(MethodContract):
+    method = METHODS["breadcrumbs"]
+    settings = ({"density": 0.5, "gamma": 0.2, "scale": 0.7}, {"density": 1.0}, {"density": 0.9, "gamma": 0.5})
+
+
+class TestBreadcrumbsTies(MethodContract):
+    method = METHODS["breadcrumbs_ties"]
+    settings = ({"density": 0.5, "gamma": 0.2, "mode": "sum"}, {"density": 1.0}, {"gamma": 0.0, "normalize": True})
+
+
 class TestSlerp(MethodContract):
     method = METHODS["slerp"]
     settings = ({"t": 0.0}, {"t": 0.3}, {"t": 1.0})

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.methods.selection import magnitude_thresholds
+from evomerge.methods.selection import magnitude_thresholds, order_statistics
 
 magnitudes32 = st.floats(0, width=32, allow_nan=False, allow_infinity=True)
 magnitudes64 = st.floats(0, allow_nan=False, allow_infinity=True)
@@ -58,3 +58,16 @@ def test_a_million_normals():
         (found,) = magnitude_thresholds(lambda: ((0, piece) for piece in tensor.split(131072)), 1, density)
         assert found == float(np.sort(values)[-keep])
         assert (values >= np.float32(found)).sum() >= keep
+
+
+@given(st.lists(st.lists(st.floats(width=32, allow_nan=False) | coarse, max_size=40), max_size=3), st.data())
+def test_several_ranks_of_signed_numbers_at_once(vectors, data):
+    shares = data.draw(st.lists(st.floats(0, 1), min_size=1, max_size=4))
+
+    def ranks(n: int) -> list[int]:
+        return [max(1, round(share * n)) for share in shares]
+
+    for dtype in (torch.float32, torch.float64):
+        found = order_statistics(pieces(vectors, dtype, 7), len(vectors), ranks, signed=True)
+        ordered = [sorted(vector, reverse=True) for vector in vectors]
+        assert found == [[v[rank - 1] if v else 0.0 for rank in ranks(len(v))] for v in ordered]
