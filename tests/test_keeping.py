@@ -40,6 +40,8 @@ def recipe_of(folder: Path, method: str) -> Recipe:
     group = (Group((0.4, 0.6)),)
     if method == "slerp":
         return Recipe(None, (base, dense), method, group)
+    if METHODS[method].num_experts[1] == 1:
+        return Recipe(base, (lora,), method, (Group((0.6,)),))
     return Recipe(base, (dense, lora), method, group)
 
 

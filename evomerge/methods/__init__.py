@@ -12,12 +12,15 @@ from torch import Tensor
 
 from evomerge.errors import CheckpointError
 from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
-from evomerge.methods.basic import Linear, TaskArithmetic
+from evomerge.methods.basic import Linear, Passthrough, TaskArithmetic
 from evomerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
+from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.spherical import Slerp
+from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
+from evomerge.methods.stock import ModelStock
 from evomerge.methods.ties import Ties
 
 _ALL: tuple[Method, ...] = (
@@ -29,6 +32,14 @@ _ALL: tuple[Method, ...] = (
     Breadcrumbs(),
     BreadcrumbsTies(),
     Slerp(),
+    NuSlerp(),
+    MultiSlerp(),
+    Karcher(),
+    ModelStock(),
+    NearSwap(),
+    MagMax(),
+    Ram(),
+    Passthrough(),
     RandomVectors(),
 )
 

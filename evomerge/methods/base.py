@@ -222,7 +222,8 @@ def check_experts(method: Method, has_base: bool, num_experts: int) -> None:
         allowed = (
             f"exactly {fewest}" if most == fewest else f"at least {fewest}" if most is None else f"{fewest}..{most}"
         )
-        raise MethodError(f"method {method.name} takes {allowed} experts, but got {num_experts}")
+        noun = "expert" if fewest == most == 1 else "experts"
+        raise MethodError(f"method {method.name} takes {allowed} {noun}, but got {num_experts}")
 
 
 def check_weights(method: Method, weights: Sequence[float], num_experts: int) -> list[float]:

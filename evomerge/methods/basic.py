@@ -76,6 +76,26 @@ class Linear(Method):
         return experts[0].to(dtype, copy=True).zero_() if total is None else total
 
 
+@final
+class Passthrough(Method):
+    """w theta_1: one checkpoint as it is, or multiplied by a number. What a recipe's groups say of it is by region."""
+
+    name = "passthrough"
+    summary = "one expert as it is, times its weight"
+    reference = "mergekit 0.1.5 (Goddard et al. 2024, arXiv:2403.13257), method passthrough; its scale is the weight"
+    weight = Param(float, 1.0, "what multiplies the expert")
+    needs_base = False
+    keeps_base = False  # the weight multiplies what is the base, too
+    num_experts: tuple[int, int | None] = (1, 1)
+
+    def is_linear(self, **params: Any) -> bool:
+        return True
+
+    def combine(self, base: Any, experts: Sequence[Tensor], *, weights: Any, dtype: torch.dtype, **_: Any) -> Tensor:
+        whole = experts[0].to(dtype, copy=True)
+        return whole if weights[0] == 1 else whole.mul_(weights[0])
+
+
 def _sums_to_zero(weights: Sequence[float]) -> bool:
     return abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights))
 

@@ -313,9 +313,9 @@ class MethodContract:
             with pytest.raises(MethodError, match="base"):
                 self.method.merge(None, experts, weights=weights, info=info)
         fewest, most = self.method.num_experts
-        with pytest.raises(MethodError, match="experts"):
+        with pytest.raises(MethodError, match="expert"):
             self.method.merge(base, experts[: fewest - 1], weights=weights[: fewest - 1], info=info)
         if most is not None:
             many = make_tensors((4,), most + 1)[1]
-            with pytest.raises(MethodError, match="experts"):
+            with pytest.raises(MethodError, match="expert"):
                 self.method.merge(base, many, weights=self.weights(most + 1), info=info)

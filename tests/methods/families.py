@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +12,16 @@ from hypothesis import strategies as st
 
 from evomerge.methods import METHODS
 from evomerge.methods.base import TensorInfo
+
+T = TypeVar("T")
+
+# Those whose zero weights do not give the base: they are not of the form base + sum w f(tau).
+NOT_AROUND_THE_BASE = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough"}
+
+
+def fitting(method: str, experts: Sequence[T]) -> list[T]:
+    """As many of the experts (or of their weights) as the method takes."""
+    return list(experts[: METHODS[method].num_experts[1]])
 
 
 @dataclass

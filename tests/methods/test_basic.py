@@ -37,11 +37,27 @@ def test_task_arithmetic(family: Family, scale: float):
 
 @given(families(most=1), st.floats(0.1, 3))
 def test_task_arithmetic_negation(family: Family, weight: float):
-    """Section 3: forgetting is addition with the sign turned, so the two average to the base."""
+    """Section 3: theta_0 - lambda tau. Forgetting is addition with the sign turned: the two average to the base."""
     family.weights = [weight]
     added = family.merge("task_arithmetic")
     family.weights = [-weight]
+    assert_close(family.merge("task_arithmetic"), family.base - weight * family.taus[0])
     assert_close((added + family.merge("task_arithmetic")) / 2, family.base)
+
+
+@given(families(fewest=3, most=3), st.floats(0.1, 2))
+def test_task_arithmetic_analogy(family: Family, weight: float):
+    """Section 5: A is to B as C is to the new task, theta_0 + lambda (tau_C + tau_B - tau_A)."""
+    a, b, c = family.taus
+    family.weights = [-weight, weight, weight]
+    assert_close(family.merge("task_arithmetic"), family.base + weight * (c + b - a))
+
+
+@given(families(most=1))
+def test_passthrough(family: Family):
+    assert_close(family.merge("passthrough"), family.weights[0] * family.experts[0])
+    family.weights = [1.0]
+    assert np.array_equal(family.merge("passthrough"), family.experts[0])
 
 
 @given(families(fewest=2))

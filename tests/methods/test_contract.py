@@ -58,6 +58,54 @@ class TestSlerp(MethodContract):
     zero_weights_give_base = False
 
 
+class TestNuSlerp(MethodContract):
+    method = METHODS["nuslerp"]
+    settings = (
+        {"vectors": "rows"},
+        {"vectors": "columns"},
+        {"origin": "base"},
+        {"vectors": "rows", "origin": "base"},
+    )
+    zero_weights_give_base = False  # weights that sum to zero name no place on the arc
+
+
+class TestMultiSlerp(MethodContract):
+    method = METHODS["multislerp"]
+    settings = ({"normalize": False}, {"origin": "base"}, {"normalize": False, "origin": "base"})
+    zero_weights_give_base = False  # there is no direction without a weight
+
+
+class TestKarcher(MethodContract):
+    method = METHODS["karcher"]
+    settings = ({"steps": 0}, {"steps": 1}, {"steps": 100, "tol": 0.0})
+    zero_weights_give_base = False
+
+
+class TestModelStock(MethodContract):
+    method = METHODS["model_stock"]
+    settings = ({"vectors": "rows"},)
+
+
+class TestNearSwap(MethodContract):
+    method = METHODS["nearswap"]
+    settings = ({"t": 0.0}, {"t": 0.05})
+
+
+class TestMagMax(MethodContract):
+    method = METHODS["magmax"]
+    settings = ({"scale": -0.5},)
+
+
+class TestRam(MethodContract):
+    method = METHODS["ram"]
+    settings = ({"epsilon": 0.1, "scale": 0.5}, {"epsilon": 0.0})
+
+
+class TestPassthrough(MethodContract):
+    method = METHODS["passthrough"]
+    zero_weights_give_base = False
+
+
 class TestRandomVectors(MethodContract):
     method = METHODS["random_vectors"]
     settings = ({"scale": 0.5},)
