@@ -18,6 +18,8 @@ from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
+from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
+from evomerge.methods.optimised import WUDI
 from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
 from evomerge.methods.stock import ModelStock
@@ -40,6 +42,10 @@ _ALL: tuple[Method, ...] = (
     MagMax(),
     Ram(),
     Passthrough(),
+    TSVM(),
+    IsoC(),
+    IsoCTS(),
+    WUDI(),
     RandomVectors(),
 )
 

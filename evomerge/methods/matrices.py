@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,38 @@ class MatrixMethod(Method):
 def num_kept(weights: Sequence[float]) -> int:
     """T: how many experts the weights leave in."""
     return sum(weight != 0 for weight in weights)
+
+
+def task_matrices(
+    base: Tensor, experts: Sequence[Any], weights: Sequence[float], dtype: torch.dtype
+) -> Iterator[tuple[float, Any]]:
+    """(w_t, tau_t) for the experts that have a task vector and a weight: fresh contiguous memory, or LowRank."""
+    for expert, weight in zip(experts, weights, strict=True):
+        if isinstance(expert, LowRank):
+            if weight != 0:
+                yield weight, expert
+        else:
+            for _, _, tau in task_vectors(base, [expert], [weight], dtype):
+                yield weight, tau.contiguous()  # the last bits of a product depend on the strides
+
+
+def total_matrix(base: Tensor, experts: Sequence[Any], weights: Sequence[float], dtype: torch.dtype) -> Any:
+    """sum w_t tau_t; as LowRank (float64) if all task vectors are and their ranks add up to less than the matrix's.
+
+    None if there are no task vectors.
+    """
+    low = [(w, e) for w, e in zip(weights, experts, strict=True) if isinstance(e, LowRank) and w != 0]
+    dense = [(w, e) for w, e in zip(weights, experts, strict=True) if isinstance(e, Tensor)]
+    vectors = task_matrices(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype)
+    total = weighted_sum(vectors)
+    if not low:
+        return total
+    if total is None and sum(len(factors.A) for _, factors in low) < min(base.shape):
+        B = torch.cat([factors.B.to(torch.float64) * (weight * factors.scaling) for weight, factors in low], dim=1)
+        return LowRank(B, torch.cat([factors.A.to(torch.float64) for _, factors in low]), 1.0)
+    if total is None:
+        total = torch.zeros(base.shape, dtype=dtype, device=base.device)
+    return add_low_rank(total, low)
 
 
 def add_mean(

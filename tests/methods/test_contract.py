@@ -106,6 +106,26 @@ class TestPassthrough(MethodContract):
     zero_weights_give_base = False
 
 
+class TestTSVM(MethodContract):
+    method = METHODS["tsv_m"]
+    settings = ({"rank_share": 0.1, "scale": 0.5}, {"rank_share": 1.0}, {"matrices": "inner"})
+
+
+class TestIsoC(MethodContract):
+    method = METHODS["iso_c"]
+    settings = ({"scale": 0.5}, {"matrices": "inner"})
+
+
+class TestIsoCTS(MethodContract):
+    method = METHODS["iso_cts"]
+    settings = ({"common": 0.0}, {"common": 0.5, "scale": 2.0}, {"common": 1.0}, {"matrices": "inner"})
+
+
+class TestWUDI(MethodContract):
+    method = METHODS["wudi"]
+    settings = ({"matrices": "all", "steps": 5}, {"matrices": "all", "steps": 3, "lr": 0.01, "scale": 0.5})
+
+
 class TestRandomVectors(MethodContract):
     method = METHODS["random_vectors"]
     settings = ({"scale": 0.5},)

@@ -1,0 +1,156 @@
+"""Task vectors merged by singular vectors: made orthogonal (TSV-M), or all equally strong (Iso-C, Iso-CTS)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.arithmetic import SCALE
+from evomerge.methods.base import LowRank
+from evomerge.methods.decompositions import SVD, norm, polar, recombine, svd
+from evomerge.methods.matrices import ALL_MATRICES, MatrixMethod, num_kept, task_matrices, total_matrix
+from evomerge.params import Param
+
+
+@final
+class TSVM(MatrixMethod):
+    """Task singular vectors: each task vector's largest singular triples, their vectors made orthogonal across tasks.
+
+    Per matrix, with r = min(rows, columns): the top r / T triples of every tau_t side by side, U = [U_1 .. U_T] and
+    V = [V_1 .. V_T] replaced by their polar factors, tau = U diag(w_1 S_1, .., w_T S_T) V'. One expert is kept whole.
+    """
+
+    name = "tsv_m"
+    summary = "the largest singular triples of each task vector, made orthogonal to those of the others"
+    reference = "Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081, algorithm 1 (TSV-Merge)"
+    params: Mapping[str, Param] = MappingProxyType(
+        {
+            "rank_share": Param(
+                float,
+                None,
+                "share of the singular triples that each task vector keeps; default: 1/T",
+                0,
+                1,
+                low_open=True,
+            ),
+            "matrices": ALL_MATRICES,
+            "scale": SCALE,
+        }
+    )
+    factors = True
+
+    def combine_matrix(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        rank_share: float | None,
+        **_: Any,
+    ) -> Tensor | None:
+        rank = min(base.shape)
+        kept = rank // num_kept(weights) if rank_share is None else math.floor(rank * rank_share + 1e-9)
+        parts = []
+        for weight, tau in task_matrices(base, experts, weights, dtype):
+            U, S, V = svd(tau, dtype, max(1, kept))
+            parts.append(SVD(U, weight * S, V))
+        return recombine(parts, dtype) if parts else None
+
+
+@final
+class IsoC(MatrixMethod):
+    """The sum of the task vectors with its singular values replaced by their mean.
+
+    Per matrix: U S V' = sum w_t tau_t, tau = mean(S) U V'. The mean goes over the singular values that are not zero.
+    """
+
+    name = "iso_c"
+    summary = "the sum of the task vectors, with all its singular values at their mean"
+    reference = "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959, section 4.1 (Iso-C)"
+    params: Mapping[str, Param] = MappingProxyType({"matrices": ALL_MATRICES, "scale": SCALE})
+    factors = True
+
+    def combine_matrix(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        **_: Any,
+    ) -> Tensor | None:
+        total = total_matrix(base, experts, weights, dtype)
+        return None if total is None else flattened(total, dtype)
+
+
+def flattened(total: Tensor | LowRank, dtype: torch.dtype) -> Tensor | None:
+    """mean(S) U V' of U S V' in ``dtype``; None for a matrix of zeros."""
+    if isinstance(total, LowRank):
+        U, S, V = svd(total, dtype)
+        return (U * S.mean()).to(dtype) @ V.to(dtype).T if len(S) else None
+    factor, S = polar(total, dtype)
+    return factor.mul_(S.mean()) if len(S) else None
+
+
+@final
+class IsoCTS(MatrixMethod):
+    """Iso-C with the least of the sum's directions given up for directions of the single tasks.
+
+    Per matrix, with r = min(rows, columns) and s = round((1 - common) r / T): the top r - T s triples of sum w_t tau_t,
+    and the top s triples of each w_t tau_t after the common left directions have been projected out of it. Left and
+    right vectors are made orthogonal as in tsv_m, and all singular values replaced by their mean. ``common`` 1 is
+    iso_c.
+    """
+
+    name = "iso_cts"
+    summary = "iso_c with room for directions that only one task has"
+    reference = "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959, section 4.2 and algorithm 1 (Iso-CTS)"
+    params: Mapping[str, Param] = MappingProxyType(
+        {
+            "common": Param(float, 0.8, "share of the directions that are the sum's; the rest is the tasks' own", 0, 1),
+            "matrices": ALL_MATRICES,
+            "scale": SCALE,
+        }
+    )
+    factors = True
+
+    def combine_matrix(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        common: float,
+        **_: Any,
+    ) -> Tensor | None:
+        rank, count = min(base.shape), num_kept(weights)
+        own = min(round((rank - math.floor(rank * common + 1e-9)) / count), rank // count)
+        total = total_matrix(base, experts, weights, dtype)
+        if total is None:
+            return None
+        if own == 0:
+            return flattened(total, dtype)
+        shared = svd(total, dtype, rank - own * count)
+        parts = [shared]
+        for weight, tau in task_matrices(base, experts, weights, dtype):
+            size = norm(tau)
+            U, S, V = svd(without(tau, shared.U), dtype, own, reference=size)
+            parts.append(SVD(U, abs(weight) * S, V if weight > 0 else -V))
+        values = torch.cat([part.S for part in parts])
+        return recombine(parts, dtype, flat=float(values.mean())) if len(values) else None
+
+
+def without(tau: Tensor | LowRank, directions: Tensor) -> Tensor | LowRank:
+    """tau - D D' tau for orthonormal columns D (float64); a dense tau's memory is reused."""
+    if isinstance(tau, LowRank):
+        B = tau.B.to(torch.float64)
+        return LowRank(B - directions @ (directions.T @ B), tau.A, tau.scaling)
+    D = directions.to(tau.dtype)
+    return tau.addmm_(D, D.T @ tau, alpha=-1)

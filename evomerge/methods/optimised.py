@@ -1,0 +1,139 @@
+"""Task vectors found by an optimisation that needs no data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.arithmetic import SCALE
+from evomerge.methods.base import LowRank
+from evomerge.methods.decompositions import norm, row_factor
+from evomerge.methods.matrices import INNER_MATRICES, MatrixMethod, task_matrices, total_matrix
+from evomerge.params import Param
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in torch and in the authors' code
+
+
+@final
+class WUDI(MatrixMethod):
+    """The task vector that disturbs each expert's own as little as possible, measured on that expert's rows.
+
+    Per matrix: min_X sum_t ||(X - w_t tau_t) tau_t'||^2 / ||tau_t||^2 by ``steps`` steps of Adam from
+    X = sum w_t tau_t. The rows of tau_t stand for the inputs of the layer, which they are combinations of. One expert
+    is kept.
+    """
+
+    name = "wudi"
+    summary = "the task vector that interferes least with each expert's own, found by Adam; no data"
+    reference = "Cheng et al. 2025, Whoever Started the Interference Should End It, arXiv:2503.08099, section 4"
+    params: Mapping[str, Param] = MappingProxyType(
+        {
+            "steps": Param(int, 300, "steps of Adam", 0),
+            "lr": Param(
+                float,
+                1e-5,
+                "Adam's learning rate: about how far an entry moves in a step, whatever the size of the task vectors",
+                0,
+                low_open=True,
+            ),
+            "matrices": INNER_MATRICES,
+            "scale": SCALE,
+        }
+    )
+    factors = True
+
+    def combine_matrix(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        steps: int,
+        lr: float,
+        **_: Any,
+    ) -> Tensor | None:
+        """Works on D = X - sum w_t tau_t, so that nothing comes from a difference of large numbers."""
+        start = total_matrix(base, experts, weights, dtype)
+        if isinstance(start, LowRank):
+            start = multiplied(1.0, start, dtype)
+        if start is None or steps == 0:
+            return start
+        pull, gram = interference(base, experts, weights, start)
+        if isinstance(gram, list):  # fewer rows than half the columns: their Gram matrix would be more work
+            rows = torch.cat(gram) if gram else start.new_zeros(1, start.shape[1])
+
+            def gradient(D: Tensor, out: Tensor) -> Tensor:
+                return torch.addmm(pull, D @ rows.T, rows, beta=2, alpha=2, out=out)
+        else:
+
+            def gradient(D: Tensor, out: Tensor) -> Tensor:
+                return torch.addmm(pull, D, gram, beta=2, alpha=2, out=out)
+
+        return start.add_(adam(gradient, torch.zeros_like(start), steps=steps, lr=lr))
+
+
+def interference(
+    base: Tensor, experts: Sequence[Any], weights: Sequence[float], start: Tensor
+) -> tuple[Tensor, Tensor | list[Tensor]]:
+    """(C, A) of WUDI's gradient 2 (D A + C) at X = start + D, in start's dtype.
+
+    A = sum_t tau_t' tau_t / ||tau_t||^2 and C = sum_t (start - w_t tau_t) tau_t' tau_t / ||tau_t||^2. A is (in, in), or
+    a list of matrices whose Gram matrices add up to it, where these have few rows.
+    """
+    out_features, in_features = start.shape
+    ranks = [min(out_features, len(e.A)) if isinstance(e, LowRank) else out_features for e in experts]
+    few = 2 * sum(rank for rank, weight in zip(ranks, weights, strict=True) if weight != 0) < in_features
+    pull, rows, gram = torch.zeros_like(start), [], start.new_zeros(0 if few else in_features, in_features)
+    for weight, tau in task_matrices(base, experts, weights, start.dtype):
+        unit = unit_rows(tau, start.dtype)
+        if unit is None:
+            continue
+        away = start - multiplied(weight, tau, start.dtype)
+        if few:
+            rows.append(unit)
+            pull.addmm_(away @ unit.T, unit)
+        else:
+            own = unit.T @ unit
+            gram += own
+            pull.addmm_(away, own)
+    return pull, rows if few else gram
+
+
+def unit_rows(tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor | None:
+    """S with S'S = tau' tau / ||tau||^2: tau / ||tau||, or (rank, in) for low-rank factors. None if tau is zero."""
+    rows = row_factor(tau) if isinstance(tau, LowRank) else tau
+    size = norm(rows)
+    return (rows / size).to(dtype) if size > 0 else None
+
+
+def multiplied(weight: float, tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor:
+    """w tau, dense; the same operations as in ``total_matrix``, so that the sum of a single one is it to the bit."""
+    if isinstance(tau, Tensor):
+        return tau.mul(weight)
+    return (tau.B.to(torch.float64) * (weight * tau.scaling) @ tau.A.to(torch.float64)).to(dtype)
+
+
+def adam(gradient_at: Callable[[Tensor, Tensor], Tensor], point: Tensor, *, steps: int, lr: float) -> Tensor:
+    """``point`` after so many steps of Adam (Kingma and Ba 2015, algorithm 1), in place.
+
+    (torch.optim.Adam takes the same steps, but loads torch's compiler for it.)
+
+    Args:
+        gradient_at: the gradient at a point, written into its second argument.
+    """
+    gradient, mean, square, scratch = (torch.zeros_like(point) for _ in range(4))
+    first, second = BETAS
+    for step in range(1, steps + 1):
+        gradient_at(point, gradient)
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        torch.sqrt(square, out=scratch)
+        scratch.div_(math.sqrt(1 - second**step)).add_(EPSILON)
+        point.addcdiv_(mean, scratch, value=-lr / (1 - first**step))
+    return point
