@@ -27,7 +27,7 @@ class TSVM(MatrixMethod):
 
     name = "tsv_m"
     summary = "the largest singular triples of each task vector, made orthogonal to those of the others"
-    reference = "Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081, algorithm 1 (TSV-Merge)"
+    reference = "Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081 (TSV-Merge)"
     params: Mapping[str, Param] = MappingProxyType(
         {
             "rank_share": Param(
@@ -72,7 +72,7 @@ class IsoC(MatrixMethod):
 
     name = "iso_c"
     summary = "the sum of the task vectors, with all its singular values at their mean"
-    reference = "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959, section 4.1 (Iso-C)"
+    reference = "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959, section 4 (Iso-C)"
     params: Mapping[str, Param] = MappingProxyType({"matrices": ALL_MATRICES, "scale": SCALE})
     factors = True
 
@@ -110,7 +110,7 @@ class IsoCTS(MatrixMethod):
 
     name = "iso_cts"
     summary = "iso_c with room for directions that only one task has"
-    reference = "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959, section 4.2 and algorithm 1 (Iso-CTS)"
+    reference = "Marczak et al. 2025, No Task Left Behind, arXiv:2502.04959, section 4 (Iso-CTS)"
     params: Mapping[str, Param] = MappingProxyType(
         {
             "common": Param(float, 0.8, "share of the directions that are the sum's; the rest is the tasks' own", 0, 1),

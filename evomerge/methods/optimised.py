@@ -30,7 +30,7 @@ class WUDI(MatrixMethod):
 
     name = "wudi"
     summary = "the task vector that interferes least with each expert's own, found by Adam; no data"
-    reference = "Cheng et al. 2025, Whoever Started the Interference Should End It, arXiv:2503.08099, section 4"
+    reference = "Cheng et al. 2025, Whoever Started the Interference Should End It, arXiv:2503.08099"
     params: Mapping[str, Param] = MappingProxyType(
         {
             "steps": Param(int, 300, "steps of Adam", 0),

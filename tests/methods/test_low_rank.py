@@ -25,7 +25,7 @@ ZERO = 1e-11  # of the largest: everything below is zero to rounding
 def triples(tau: np.ndarray, top: int, size: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(U, S, V) of the ``top`` largest singular values that are not zero."""
     U, S, Vh = np.linalg.svd(tau, full_matrices=False)
-    size = S[0] if size is None else size
+    size = float(S[0]) if size is None else size
     rank = min(top, int((ZERO * size < S).sum()))
     if rank < len(S) and S[rank] > ZERO * size:
         assume(S[rank - 1] - S[rank] > 1e-5 * S[0] if rank else True)  # which triple is the last one must be clear
@@ -41,7 +41,7 @@ def orthogonal(columns: np.ndarray) -> np.ndarray:
 
 
 def tsv_m(family: Family, rank_share: float | None) -> np.ndarray:
-    """Task Singular Vectors, algorithm 1."""
+    """Task Singular Vectors, TSV-Merge."""
     experts, rank = kept(family), min(family.base.shape)
     top = max(1, rank // len(experts) if rank_share is None else int(rank * rank_share))
     parts = [(w, *triples(tau, top)) for w, tau in experts if tau.any()]
@@ -54,8 +54,8 @@ def tsv_m(family: Family, rank_share: float | None) -> np.ndarray:
 
 
 def iso_c(family: Family) -> np.ndarray:
-    """No Task Left Behind, section 4.1: mean(S) U V' of the sum."""
-    total = np.sum([w * tau for w, tau in kept(family)], axis=0)
+    """No Task Left Behind, Iso-C: mean(S) U V' of the sum."""
+    total = np.asarray(np.sum([w * tau for w, tau in kept(family)], axis=0))
     size = max(np.abs(tau).max() for _, tau in kept(family))
     assume(not 0 < np.abs(total).max() < 1e-6 * size)  # task vectors that cancel to rounding
     if not total.any():
@@ -66,7 +66,7 @@ def iso_c(family: Family) -> np.ndarray:
 
 
 def iso_cts(family: Family, common: float) -> np.ndarray:
-    """No Task Left Behind, section 4.2."""
+    """No Task Left Behind, Iso-CTS."""
     experts, rank = kept(family), min(family.base.shape)
     own = round((rank - int(rank * common)) / len(experts))
     total = np.sum([w * tau for w, tau in experts], axis=0)
@@ -79,7 +79,7 @@ def iso_cts(family: Family, common: float) -> np.ndarray:
     left, values, right = [U], [S], [V]
     for w, tau in experts:
         rest = w * tau - U @ U.T @ (w * tau)
-        scale = np.linalg.norm(w * tau)
+        scale = float(np.linalg.norm(w * tau))
         sizes = np.linalg.svd(rest, compute_uv=False)
         assume(not ((sizes > 1e-13 * scale) & (sizes < 1e-6 * scale)).any())
         u, s, v = triples(rest, own, size=scale)
@@ -87,9 +87,9 @@ def iso_cts(family: Family, common: float) -> np.ndarray:
         values.append(s)
         right.append(v)
     flat = np.concatenate(values)
-    return (
-        flat.mean() * orthogonal(np.concatenate(left, 1)) @ orthogonal(np.concatenate(right, 1)).T if len(flat) else 0
-    )
+    if not len(flat):
+        return np.zeros_like(family.base)
+    return flat.mean() * orthogonal(np.concatenate(left, 1)) @ orthogonal(np.concatenate(right, 1)).T
 
 
 def assert_like(merged: np.ndarray, family: Family, tau: np.ndarray) -> None:

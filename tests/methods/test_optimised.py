@@ -17,7 +17,7 @@ from .matrix_families import kept, matrix_families
 
 
 def loss(X: torch.Tensor, vectors: list[tuple[float, torch.Tensor]]) -> torch.Tensor:
-    """Whoever Started the Interference, section 4: sum_t ||(X - w_t tau_t) tau_t'||^2 / ||tau_t||^2."""
+    """Whoever Started the Interference: sum_t ||(X - w_t tau_t) tau_t'||^2 / ||tau_t||^2."""
     return sum(((X - w * tau) @ tau.T).square().sum() / tau.square().sum() for w, tau in vectors)  # type: ignore[return-value]
 
 
