@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -212,6 +213,8 @@ def check_space(data: Any, experts: Sequence[str], *, where: str, folder: Path |
 def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, Any], list[Dimension]]:
     """(all parameters of method ``name`` at their fixed or initial values, the dimensions among them).
 
+    The ends of the ranges must go together (``Method.check_together``), whatever is proposed between them then does.
+
     A dimension is called like its parameter, and ``METHOD.PARAMETER`` where the method is a choice.
     """
     from evomerge.methods.base import check_params
@@ -238,9 +241,22 @@ def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, A
             raise SpecError(error.problem, where=at(place, key), remedy=error.remedy or meaning) from error
         values[key] = value
     try:
-        return check_params(name, method, values), dimensions
+        checked = check_params(name, method, values)
+        for corner in _corners(dimensions):
+            method.check_together({**checked, **corner})
     except MethodError as error:
         raise SpecError(error.problem, where=place, remedy=error.remedy) from error
+    return checked, dimensions
+
+
+def _corners(dimensions: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
+    """Parameter -> value for every combination of the ends of the ranges.
+
+    Just inside, because an end may be an exception: a density of 1 goes with anything.
+    """
+    ends = [[d.at(1e-9), d.at(1 - 1e-9)] for d in dimensions if not d.choices]
+    names = [d.name.rpartition(".")[2] for d in dimensions if not d.choices]
+    return (dict(zip(names, corner, strict=True)) for corner in itertools.product(*ends))
 
 
 def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> dict[str, float]:

@@ -349,6 +349,16 @@ REFUSED = {
         "space.params.density",
         ["1.5", "(0, 1]"],
     ),
+    "a density and an epsilon that do not go together": (
+        {"method": "della", "params": {"density": 0.9, "epsilon": 0.2}},
+        "space.params",
+        ["density + epsilon", "Lower epsilon"],
+    ),
+    "ranges whose ends do not go together": (
+        {"method": "della", "params": {"density": {"range": [0.5, 1.0], "initial": 0.6}, "epsilon": 0.3}},
+        "space.params",
+        ["density + epsilon", "Lower epsilon"],
+    ),
     "a range of words": (
         {"method": "ties", "params": {"mode": {"range": [0, 1]}}},
         "space.params.mode",

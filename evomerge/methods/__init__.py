@@ -17,6 +17,7 @@ from evomerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
+from evomerge.methods.della import Della, DellaLinear
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
@@ -31,6 +32,8 @@ _ALL: tuple[Method, ...] = (
     Ties(),
     DareLinear(),
     DareTies(),
+    Della(),
+    DellaLinear(),
     Breadcrumbs(),
     BreadcrumbsTies(),
     Slerp(),

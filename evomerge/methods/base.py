@@ -121,6 +121,9 @@ class Method(ABC):
         """
         return None
 
+    def check_together(self, params: Mapping[str, Any]) -> None:  # noqa: B027 (most methods have no such rule)
+        """MethodError where parameters that are legal each (all are there) do not go together."""
+
     def chunked_with(self, state: State | None, **params: Any) -> bool:
         """True if ``merge`` may be called on flat slices with this state and these parameters.
 
@@ -203,14 +206,19 @@ def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def check_params(name: str, method: Method, params: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of ``method`` with defaults filled in; MethodError for unknown names and illegal values."""
+    """All parameters of ``method`` with defaults filled in; MethodError for unknown names and illegal values.
+
+    Illegal are also values that do not go together (``Method.check_together``).
+    """
     for key in params:
         if key not in method.params:
             raise MethodError(
                 f"method {name} has no parameter {key!r}",
                 remedy=nearest(key, method.params) if method.params else f"{name} has no parameters.",
             )
-    return {k: p.check(k, params.get(k, p.default), f"method {name}") for k, p in method.params.items()}
+    values = {k: p.check(k, params.get(k, p.default), f"method {name}") for k, p in method.params.items()}
+    method.check_together(values)
+    return values
 
 
 def check_experts(method: Method, has_base: bool, num_experts: int) -> None:

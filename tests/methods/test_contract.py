@@ -42,6 +42,21 @@ class TestDareTies(MethodContract):
     )
 
 
+class TestDella(MethodContract):
+    method = METHODS["della"]
+    settings = (
+        {"density": 0.3, "epsilon": 0.2, "mode": "sum"},
+        {"density": 1.0, "normalize": True},
+        {"density": 0.4, "rescale": "l1", "scale": 0.5},
+        {"epsilon": 0.0},
+    )
+
+
+class TestDellaLinear(MethodContract):
+    method = METHODS["della_linear"]
+    settings = ({"density": 0.3, "epsilon": 0.2, "scale": 0.5}, {"density": 1.0}, {"density": 0.3, "rescale": "l1"})
+
+
 class TestBreadcrumbs(MethodContract):
     method = METHODS["breadcrumbs"]
     settings = ({"density": 0.5, "gamma": 0.2, "scale": 0.7}, {"density": 1.0}, {"density": 0.9, "gamma": 0.5})

@@ -1,0 +1,151 @@
+"""DELLA against a reference written from its paper, and what it reduces to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.errors import MethodError
+from evomerge.methods import METHODS
+from evomerge.methods.base import TensorInfo, check_params
+from evomerge.methods.della import ascending
+from evomerge.recipe import Recipe
+
+from .families import Family, assert_close, families
+from .references import elect_and_merge, modes
+from .test_random import documented_uniform
+
+METHOD_NAMES = ["della_linear", "della"]
+chances = st.floats(0.02, 0.999).flatmap(
+    lambda density: st.tuples(st.just(density), st.floats(0, 0.99 * min(density, 1 - density)))
+)
+rescalings = st.sampled_from(["probability", "l1"])
+seeds = st.integers(0, 2**40)
+
+
+def probabilities(row: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+    """Section 3, MagPrune, for one row: in equal steps from density - epsilon to density + epsilon, by rank."""
+    by_rank = sorted(range(len(row)), key=lambda i: (abs(row[i]), i))
+    found = np.full(len(row), density)
+    for rank, i in enumerate(by_rank):
+        if len(row) > 1:
+            found[i] = density - epsilon + 2 * epsilon * rank / (len(row) - 1)
+    return found
+
+
+def drop(tau: np.ndarray, key: tuple[int, str, int], chance: tuple[float, float], rescale: str) -> np.ndarray:
+    """Each entry stays with its own probability, and is divided by it (or all by what restores the L1 norm)."""
+    n = tau.shape[-1] if tau.ndim else 1
+    p = np.concatenate([probabilities(row, *chance) for row in tau.reshape(-1, n)]).reshape(tau.shape)
+    kept = tau * (documented_uniform(*key, 0, tau.size).reshape(tau.shape) < p.astype(np.float32))
+    if rescale == "l1":
+        return kept * (np.abs(tau).sum() / np.abs(kept).sum() if kept.any() else 1)
+    return kept / p
+
+
+@given(families(), seeds, chances, rescalings, st.floats(-1, 2))
+def test_della_linear(family: Family, seed: int, chance: tuple[float, float], rescale: str, scale: float):
+    dropped = [drop(tau, (seed, family.name, t), chance, rescale) for t, tau in enumerate(family.taus)]
+    expected = family.base + scale * sum(w * tau for w, tau in zip(family.weights, dropped, strict=True))
+    options = {"density": chance[0], "epsilon": chance[1], "rescale": rescale, "scale": scale}
+    assert_close(family.merge("della_linear", seed=seed, **options), expected)
+
+
+@given(families(low=0.0), seeds, chances, rescalings, modes, st.booleans())
+def test_della(family: Family, seed: int, chance: tuple[float, float], rescale: str, mode: str, normalize: bool):
+    # Continuous numbers: on a grid, rescaled sums could cancel or not by a matter of rounding.
+    rng = np.random.default_rng(seed)
+    family.experts = [family.base + rng.standard_normal(family.base.shape) for _ in family.experts]
+    dropped = [drop(tau, (seed, family.name, t), chance, rescale) for t, tau in enumerate(family.taus)]
+    expected = family.base + elect_and_merge(dropped, family.weights, mode, normalize)
+    options = {"density": chance[0], "epsilon": chance[1], "rescale": rescale, "mode": mode, "normalize": normalize}
+    assert_close(family.merge("della", seed=seed, **options), expected)
+
+
+@given(families(), seeds)
+def test_at_density_1_it_is_what_follows_it(family: Family, seed: int):
+    for rescale in ("probability", "l1"):
+        options = {"seed": seed, "density": 1.0, "rescale": rescale}
+        assert np.array_equal(family.merge("della_linear", **options), family.merge("task_arithmetic"))
+        assert np.array_equal(family.merge("della", **options), family.merge("ties", density=1.0))
+
+
+@given(families(), seeds, st.floats(0.01, 1))
+def test_with_epsilon_0_it_is_dare(family: Family, seed: int, density: float):
+    for mine, theirs in (("della_linear", "dare_linear"), ("della", "dare_ties")):
+        for rescale, dares in (("probability", "density"), ("l1", "l1")):
+            merged = family.merge(mine, seed=seed, density=density, epsilon=0.0, rescale=rescale)
+            expected = family.merge(theirs, seed=seed, density=density, rescale=dares)
+            assert_close(merged, expected)
+
+
+def test_keeps_each_rank_with_its_probability_and_the_expectation():
+    """Independent of how masks are keyed: kept shares are binomial, and the mean over seeds is task arithmetic."""
+    rng = np.random.default_rng(0)
+    rows, n, seeds, density, epsilon = 40, 50, 200, 0.5, 0.3
+    tau = np.sort(np.abs(rng.standard_normal((rows, n))), axis=1) * rng.choice([-1, 1], (rows, n))  # ranks by column
+    family = Family(np.zeros((rows, n)), [tau], [1.0])
+    kept, total = np.zeros((rows, n)), np.zeros((rows, n))
+    for seed in range(seeds):
+        merged = family.merge("della_linear", seed=seed, density=density, epsilon=epsilon)
+        kept += merged != 0
+        total += merged
+    p = np.linspace(density - epsilon, density + epsilon, n)
+    trials = rows * seeds
+    assert (np.abs(kept.sum(axis=0) - trials * p) < 5 * np.sqrt(trials * p * (1 - p))).all()
+    assert abs(kept.sum() - trials * n * density) < 5 * np.sqrt(trials * (p * (1 - p)).sum())
+    deviation = (total / seeds - tau) / (np.abs(tau) * np.sqrt((1 / p - 1) / seeds))
+    assert abs(deviation.mean()) < 5 / np.sqrt(rows * n)
+    assert abs(deviation.std() - 1) < 0.1
+
+
+def test_ranks_are_those_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 17, 300):
+        normal = torch.randn(20, n, generator=generator).abs()
+        for magnitudes in (normal, (normal * 2).round(), torch.zeros(20, n), normal * 1e-42):
+            expected = np.argsort(magnitudes.numpy(), axis=1, kind="stable")
+            assert np.array_equal(ascending(magnitudes).numpy(), expected)
+            assert np.array_equal(ascending(magnitudes.double()).numpy(), expected)
+
+
+def test_l1_rescaling_restores_the_norm_of_each_task_vector():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(30, 5000, generator=generator, dtype=torch.float64)  # more than one block of rows
+    expert = base + torch.randn(30, 5000, generator=generator, dtype=torch.float64)
+    info = TensorInfo("w", shape=(30, 5000))
+    for method in METHOD_NAMES:
+        merged = METHODS[method].merge(base, [expert], weights=[1.0], info=info, density=0.2, rescale="l1")
+        torch.testing.assert_close((merged - base).abs().sum(), (expert - base).abs().sum())
+
+
+def test_bfloat16_merges_as_its_numbers_in_float64_within_rounding():
+    """Many equal magnitudes: the same entries stay, whatever the arithmetic is in."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(30, 5000, generator=generator).bfloat16()
+    experts = [(base + 0.01 * torch.randn(30, 5000, generator=generator)).bfloat16() for _ in range(2)]
+    info = TensorInfo("w", shape=(30, 5000))
+    for method in METHOD_NAMES:
+        narrow, wide = (
+            METHODS[method].merge(base.to(t), [e.to(t) for e in experts], weights=[0.5, 0.7], info=info, seed=3)
+            for t in (torch.bfloat16, torch.float64)
+        )
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_probabilities_must_be_probabilities(method: str):
+    for density, epsilon in ((0.05, 0.1), (0.1, 0.1), (0.95, 0.1), (0.5, 0.51), (0, 0), (1.5, 0), (0.5, -0.1)):
+        with pytest.raises(MethodError, match=r"density|epsilon"):
+            check_params(method, METHODS[method], {"density": density, "epsilon": epsilon})
+    for density, epsilon in ((0.9, 0.1), (0.7, 0.3), (1.0, 0.5), (0.05, 0.0), (0.94, 0.06)):
+        check_params(method, METHODS[method], {"density": density, "epsilon": epsilon})
+
+
+def test_a_recipe_is_refused_before_anything_is_opened():
+    recipe = {"method": "della", "base": "a", "experts": {"b": "b"}, "params": {"density": 0.95}, "weights": 1}
+    with pytest.raises(MethodError, match=r"density \+ epsilon at most 1"):
+        Recipe.from_dict(recipe)
