@@ -15,12 +15,14 @@ from evomerge.methods.base import Method, TensorInfo, check_experts, check_param
 from evomerge.methods.basic import Linear, Passthrough, TaskArithmetic
 from evomerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.consensus import Consensus
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
 from evomerge.methods.della import Della, DellaLinear
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
+from evomerge.methods.pcb import Pcb
 from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
 from evomerge.methods.stock import ModelStock
@@ -36,6 +38,8 @@ _ALL: tuple[Method, ...] = (
     DellaLinear(),
     Breadcrumbs(),
     BreadcrumbsTies(),
+    Consensus(),
+    Pcb(),
     Slerp(),
     NuSlerp(),
     MultiSlerp(),

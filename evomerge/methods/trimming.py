@@ -81,7 +81,7 @@ class TrimmedMethod(Method):
             raise MethodError(
                 f"method {self.name} with scope model and density {trimming.density} was not prepared over the whole "
                 "model",
-                remedy="Fix density (it cannot vary with scope: model), or use scope: tensor.",
+                remedy="Fix what it trims by (density cannot vary with scope: model), or use scope: tensor.",
             )
         return False
 

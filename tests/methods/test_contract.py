@@ -67,6 +67,28 @@ class TestBreadcrumbsTies(MethodContract):
     settings = ({"density": 0.5, "gamma": 0.2, "mode": "sum"}, {"density": 1.0}, {"gamma": 0.0, "normalize": True})
 
 
+class TestConsensus(MethodContract):
+    method = METHODS["consensus"]
+    settings = (
+        {"k": 1, "l": 0.7, "scale": 0.5},
+        {"k": 0},
+        {"inner": "ties"},
+        {"inner": "ties", "density": 0.5, "k": 1, "mode": "sum", "normalize": True},
+        {"inner": "ties", "density": 1.0, "l": 0.0},
+        {"inner": "ties", "density": 0.5, "scope": "model"},
+    )
+
+
+class TestPcb(MethodContract):
+    method = METHODS["pcb"]
+    settings = (
+        {"density": 0.5, "clip": 0.1, "scale": 0.7},
+        {"density": 1.0, "clip": 0.0},
+        {"scope": "model"},
+        {"density": 0.5, "clip": 0.01, "scope": "model"},
+    )
+
+
 class TestSlerp(MethodContract):
     method = METHODS["slerp"]
     settings = ({"t": 0.0}, {"t": 0.3}, {"t": 1.0})
