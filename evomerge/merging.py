@@ -27,6 +27,7 @@ from evomerge.checkpoints import (
     open_checkpoint,
     open_expert,
 )
+from evomerge.collected import statistics_for, verify_collected
 from evomerge.errors import CheckpointError, EvaluatorError, SpecError, nearest
 from evomerge.folders import find_folder, some
 from evomerge.hub import pin
@@ -72,7 +73,8 @@ class _Plan:
             id(group): check_params(recipe.method, self.method, {**recipe.params, **group.params})
             for group in recipe.groups
         }
-        self.state = merger.state(recipe.method, self.method, list(self._groups.values()))
+        statistics = merger.statistics(recipe, self.method.statistics)
+        self.state = merger.state(recipe.method, self.method, list(self._groups.values()), statistics)
 
     def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:
         """(weights, parameters) for a tensor."""
@@ -104,7 +106,9 @@ class Merger:
         self.sources, self.device = sources, device
         self.fixed_params = dict(fixed_params or {})
         self.infos = {name: sources.info(name) for name in sources.names if sources.is_float(name)}
-        self._states: dict[Method, tuple[dict[str, Any], Any]] = {}  # method -> (what was fixed, its state)
+        # method -> (what was fixed, the statistics, its state)
+        self._states: dict[Method, tuple[dict[str, Any], Sequence[Any] | None, Any]] = {}
+        self._statistics: dict[str, Sequence[Any]] = {}  # of experts, by where they are
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -186,7 +190,22 @@ class Merger:
                     os.fsync(handle.fileno())
         return hashes
 
-    def state(self, name: str, method: Method, groups: Sequence[Mapping[str, Any]]) -> Any:
+    def statistics(self, recipe: Recipe, kind: str | None) -> Sequence[Any] | None:
+        """A mapping an expert of the statistics of this kind that ``recipe`` names, opened once; None for no kind."""
+        if kind is None:
+            return None
+        place = json.dumps([kind, recipe.statistics and recipe.statistics.to_dict()])
+        if place not in self._statistics:
+            self._statistics[place] = statistics_for(recipe, kind)
+        return self._statistics[place]
+
+    def state(
+        self,
+        name: str,
+        method: Method,
+        groups: Sequence[Mapping[str, Any]],
+        statistics: Sequence[Any] | None = None,
+    ) -> Any:
         """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes."""
         first, known_fixed = groups[0], self.fixed_params.get(name)
         fixed = {
@@ -196,9 +215,10 @@ class Merger:
             and (known_fixed is None or (key in known_fixed and known_fixed[key] == value))
         }
         known = self._states.get(method)
-        if known is None or known[0] != fixed:
-            known = self._states[method] = fixed, method.prepare(self.sources, **fixed)
-        return known[1]
+        if known is None or known[0] != fixed or known[1] is not statistics:
+            state = method.prepare(self.sources, statistics, **fixed)
+            known = self._states[method] = fixed, statistics, state
+        return known[2]
 
     def _must_write(self, resident: _Resident, plan: _Plan, name: str) -> bool:
         """False where the model holds this tensor's base already and the merge is the base. Notes what will be held."""
@@ -352,8 +372,8 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
     Args:
         progress: called with (source name, bytes done, bytes in all).
 
-    Returns the recipe with all hashes filled in, those of its stages included. Raises CheckpointError for a source
-    whose content is not what the recipe's sha256 says.
+    Returns the recipe with all hashes filled in, those of its stages and statistics included. Raises CheckpointError
+    for a source whose content is not what the recipe's sha256 says, and for statistics of others than its sources.
     """
 
     def checked(source: Source, role: str) -> Source:
@@ -380,7 +400,10 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
         return replace(source, sha256=found)
 
     base = None if recipe.base is None else checked(recipe.base, "base")
-    return replace(recipe, base=base, experts=tuple(checked(source, "expert") for source in recipe.experts))
+    recipe = replace(recipe, base=base, experts=tuple(checked(source, "expert") for source in recipe.experts))
+    if recipe.statistics is None or (kind := method_of(recipe).statistics) is None:
+        return recipe
+    return replace(recipe, statistics=verify_collected(recipe.statistics, [kind], recipe))
 
 
 @contextmanager

@@ -14,18 +14,20 @@ from typing import Any
 
 from evomerge import installed, searchers
 from evomerge.checkpoints import Sources
+from evomerge.collected import MANIFEST, verify_collected
 from evomerge.dimensions import Point
 from evomerge.errors import CheckpointError, EvaluatorError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.hub import pin
 from evomerge.keeping import refuse_pinned
 from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
+from evomerge.methods.lookup import find as find_method
 from evomerge.methods.lookup import permit
 from evomerge.objectives import Objective
 from evomerge.plugins import EVALUATOR, Code, code_files, hash_files, names_file
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
-from evomerge.recipe import Group, Recipe, Source, is_recipe_file, source_at
+from evomerge.recipe import Collected, Group, Recipe, Source, is_recipe_file, source_at
 from evomerge.scratch import check_scratch
 from evomerge.searchers.base import Searcher
 from evomerge.searchers.lookup import find as find_searcher
@@ -141,7 +143,9 @@ def build_plan(
         "where": spec.space_where,
         "folder": spec.code_folder,
     }
-    make_searcher(spec, Space.from_dict(spec.space, template=unhashed, **shape))
+    unplaced = Space.from_dict(spec.space, template=unhashed, **shape)
+    make_searcher(spec, unplaced)
+    require_statistics(unplaced, spec)
 
     evaluator_file = resolve_evaluator(spec)
     context = EvaluatorContext(
@@ -162,7 +166,7 @@ def build_plan(
         check_scratch(scratch, here * written_bytes(sources, spec.export_dtype), workers=here)
 
     template = placed(hash_sources(unhashed, progress))
-    space = Space.from_dict(spec.space, template=template, **shape)
+    space = with_statistics(Space.from_dict(spec.space, template=template, **shape), spec)
     worker = WorkerSpec(
         folder=str(spec.folder),
         base=_plain(template.base),
@@ -220,6 +224,42 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
             where = at(str(spec.path or "experiment"), key) + (f": {error.where}" if error.where else "")
             raise CheckpointError(error.problem, where=where, remedy=error.remedy) from error
     return sources
+
+
+def statistics_needed(space: Space, spec: Spec) -> dict[str, str]:
+    """Method -> the kind of statistics that it needs, of those methods of the space that need any."""
+    kinds = {name: find_method(name, spec.code_folder).method.statistics for name in space.methods}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def require_statistics(space: Space, spec: Spec) -> None:
+    """SpecError if a method of the space is weighted by data, and the experiment names none, or a folder without."""
+    where, folder = at(str(spec.path or "experiment"), "statistics"), spec.statistics_path
+    for method, kind in statistics_needed(space, spec).items():
+        if folder is None or not (folder / MANIFEST).is_file():
+            problem = "is missing" if folder is None else f"{folder} holds none"
+            typed = str(spec.path or "EXPERIMENT")
+            raise SpecError(
+                f"{problem}: method {method} needs statistics of the experts ({kind})",
+                where=where,
+                remedy=f"Run `evomerge collect {typed} --what {kind}`"
+                + (", and name its folder as `statistics`." if folder is None else "."),
+            )
+
+
+def with_statistics(space: Space, spec: Spec) -> Space:
+    """``space`` with the statistics that its methods need, read once and hashed; CheckpointError if they do not fit."""
+    needed = statistics_needed(space, spec)
+    if not needed:
+        return space
+    place = Collected(str(spec.statistics_path))
+    try:
+        found = {kind: verify_collected(place, [kind], space.template) for kind in set(needed.values())}
+    except CheckpointError as error:
+        where = at(str(spec.path or "experiment"), "statistics")
+        remedy = (error.remedy or "").replace("EXPERIMENT", str(spec.path or "EXPERIMENT"))
+        raise CheckpointError(error.problem, where=where, remedy=remedy) from None
+    return replace(space, statistics={method: found[kind] for method, kind in needed.items()})
 
 
 def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:
@@ -347,6 +387,8 @@ def _fingerprint(
     parts |= {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
     for name, code in space.codes.items():
         parts |= _code_parts("method", name, code, spec)
+    for method, collected in space.statistics.items():
+        parts |= {f"statistics of {method}": ", ".join(collected.sha256.values())}
     parts |= _code_parts("searcher", spec.search.method, find_searcher(spec.search.method, spec.folder).code, spec)
     if not names_file(worker.evaluator):
         parts |= _code_parts("evaluator", worker.evaluator, installed.load(EVALUATOR, worker.evaluator)[1], spec)

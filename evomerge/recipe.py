@@ -23,7 +23,10 @@ KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 RECIPE_FILES = (".yaml", ".yml", ".json")
 MOST_STAGES = 16  # recipes inside each other
-KEYS = ("evomerge_recipe", "base", "experts", "method", "code", "params", "groups", "weights", "seed", "export_dtype")
+KEYS = (
+    "evomerge_recipe", "base", "experts", "method", "code", "params", "statistics", "groups", "weights", "seed",
+    "export_dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,17 @@ class Source:
     path: str = ""
     sha256: str = ""
     recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Statistics of the experts that ``evomerge collect`` wrote: the folder, and the hash of what is used, by kind."""
+
+    path: str
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": dict(sorted(self.sha256.items()))}
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class Group:
 class Recipe:
     """Sources (with content hashes), method, every number and seed.
 
+    ``statistics`` are those of a method that is weighted by data; ``collected.verify_collected`` fills in their hashes.
+
     ``code`` is that of a method which is not evomerge's own. It does not run by being named here, so that the numbers
     of such a recipe are checked when it is merged (``methods.lookup.permit``).
     """
@@ -78,6 +94,7 @@ class Recipe:
     seed: int = 0
     export_dtype: str = "bfloat16"
     code: Code | None = None
+    statistics: Collected | None = None
 
     def group_for(self, info: TensorInfo) -> Group:
         """The one group that ``info`` belongs to; SpecError if the recipe has none for it."""
@@ -138,6 +155,7 @@ class Recipe:
             "method": self.method,
             **({"code": self.code.to_dict()} if self.code else {}),
             "params": self._checked(self.params),
+            **({"statistics": self.statistics.to_dict()} if self.statistics else {}),
             "groups": groups,
             "seed": self.seed,
             "export_dtype": self.export_dtype,
@@ -148,7 +166,8 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of everything but names of places: content hashes stand for sources and code, not their paths.
+        """SHA-256 (hex) of everything but names of places: content hashes stand for sources, code and statistics, not
+        their paths.
 
         A stage's is the hash of its recipe.
         """
@@ -162,6 +181,8 @@ class Recipe:
                 del entry["path"]
         if self.code is not None and self.code.sha256:
             data["method"], data["code"] = split_reference(self.method)[1] or self.method, self.code.sha256
+        if self.statistics is not None and self.statistics.sha256:
+            del data["statistics"]["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @classmethod
@@ -274,6 +295,7 @@ class _Reader:
         method, code = self.method(data, len(experts))
         base = None if data.get("base") is None else self.source("base", data["base"], "base")
         params = self.params("params", method, {}, data.get("params"))
+        statistics = self.statistics(data.get("statistics"), method)
         if ("groups" in data) == ("weights" in data):
             raise self.error("", "exactly one of weights and groups must be given", "Give weights: {name: number}.")
         if "weights" in data:
@@ -286,7 +308,7 @@ class _Reader:
         export_dtype = data.get("export_dtype", "bfloat16")
         if export_dtype not in DTYPES:
             raise self.error("export_dtype", f"{_shown(export_dtype)} is unknown", nearest(str(export_dtype), DTYPES))
-        return Recipe(base, experts, method, groups, params, seed, export_dtype, code)
+        return Recipe(base, experts, method, groups, params, seed, export_dtype, code, statistics)
 
     def experts(self, data: Any) -> tuple[Source, ...]:
         if isinstance(data, Mapping):
@@ -384,6 +406,31 @@ class _Reader:
         if self.folder is not None:
             path = str(self.folder / Path(path).expanduser())
         return Code(path=path, sha256=entry.get("sha256", ""))
+
+    def statistics(self, data: Any, method: str) -> Collected | None:
+        """The folder that a method weighted by data reads, given as a path or as {path, sha256: {kind: hash}}."""
+        from evomerge.methods import METHODS
+        from evomerge.methods.statistics import how_to_collect
+
+        kind = None if _foreign(method) else METHODS[method].statistics
+        if data is None:
+            if kind is not None:
+                raise self.error("statistics", f"is missing: method {method} needs them ({kind})", how_to_collect(kind))
+            return None
+        if not _foreign(method) and kind is None:
+            raise self.error("statistics", f"method {method} uses none", "Leave statistics out.")
+        entry = {"path": data} if isinstance(data, str) else data
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
+            raise self.error("statistics", f"must be the path of a folder, but is {_shown(data)}")
+        self.known_keys("statistics", entry, ("path", "sha256"))
+        hashes, path = entry.get("sha256") or {}, entry["path"]
+        if not isinstance(hashes, Mapping) or not all(
+            isinstance(word, str) for pair in hashes.items() for word in pair
+        ):
+            raise self.error("statistics.sha256", f"must be a table {{kind: hash}}, but is {_shown(hashes)}")
+        if self.folder is not None:
+            path = str(self.folder / Path(path).expanduser())
+        return Collected(path, dict(hashes))
 
     def params(self, key: str, method: str, shared: Mapping[str, Any], data: Any) -> dict[str, Any]:
         """Checked parameters: all of them at the top (nothing is ``shared`` yet), what is given in a group."""

@@ -84,7 +84,7 @@ def score_target(
         recipe = permit(Recipe.load(target), allow=allow_code)
         if recipe.base is None:
             raise SpecError("a recipe without a base cannot be evaluated", where=str(target), remedy="Export it first.")
-        if stages(recipe):
+        if stages(recipe) or recipe.statistics is not None:
             recipe = verify_sources(recipe)
     else:
         raise SpecError(f"{target} is neither a checkpoint folder nor a recipe file", remedy="Check the path.")

@@ -179,6 +179,9 @@ def describe_plan(plan: Plan, options: Options) -> str:
         lines.append(f"  and {len(space.dimensions) - 12} more")
     for name, code in plan.codes.items():
         lines.append(f"code         {name}: {code.path or code.package}  sha256 {code.sha256[:12]}")
+    for method, collected in space.statistics.items():
+        hashes = ", ".join(f"{kind} sha256 {sha256[:12]}" for kind, sha256 in collected.sha256.items())
+        lines.append(f"statistics   {method}: {collected.path}  {hashes}")
     lines.append(
         f"search       {spec.search.method}, {budget} trials, {spec.search.schedule} schedule, seed {spec.seed}"
     )
@@ -306,6 +309,7 @@ def show_method(name: str) -> str:
         *([f"code        {found.code.path or found.code.package}  sha256 {found.code.sha256}"] if found.code else []),
         f"experts     {experts}",
         f"base        {'needed' if method.needs_base else 'not needed'}",
+        *([f"statistics  {method.statistics}, by evomerge collect"] if method.statistics else []),
         "weights     one an expert",
     ]
     for key, param in method.params.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.dimensions import Dimension, Point, Value
 from evomerge.errors import SpecError, nearest
-from evomerge.recipe import KINDS, Group, Recipe, holds
+from evomerge.recipe import KINDS, Collected, Group, Recipe, holds
 from evomerge.space_file import SpaceModel, WeightsModel, check_space, initial_weights, method_params, nothing_moves
 from evomerge.validation import at
 
@@ -55,6 +55,7 @@ class Space:
         dimensions: what may move: the method, its parameters, then the weights, expert by expert and within an expert
             region by region.
         codes: method -> its code, of those methods that are not evomerge's own.
+        statistics: method -> what it is given, of those methods that are weighted by data.
     """
 
     template: Recipe
@@ -62,6 +63,7 @@ class Space:
     regions: tuple[Region, ...]
     dimensions: tuple[Dimension, ...]
     codes: Mapping[str, Code] = field(default_factory=dict)
+    statistics: Mapping[str, Collected] = field(default_factory=dict)
 
     @classmethod
     def from_dict(
@@ -149,7 +151,14 @@ class Space:
             )
             for region in self.regions
         )
-        return replace(self.template, method=method, code=self.codes.get(method), params=params, groups=groups)
+        return replace(
+            self.template,
+            method=method,
+            code=self.codes.get(method),
+            params=params,
+            groups=groups,
+            statistics=self.statistics.get(method),
+        )
 
     def encode(self, recipe: Recipe) -> Point:
         """The point that decodes to ``recipe``: ``encode(decode(p)) == p``.

@@ -343,6 +343,12 @@ class Spec(Strict):
         default="bfloat16", description="what merged weights are rounded to, in search and export"
     )
     compute_dtype: Dtype = Field(default="float32", description="what the workers compute in")
+    statistics: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the folder of what `evomerge collect` measured of the experts, for methods that are weighted by "
+        "data, relative to this file; collect writes there, too",
+    )
     seed: int = Field(default=0, ge=0, description="all random draws of the study derive from it")
     storage: Annotated[str | None, BeforeValidator(_check_storage)] = Field(
         default=None, description="database URL of the study; null: evomerge.db beside the experiment file"
@@ -391,6 +397,11 @@ class Spec(Strict):
     def scratch_path(self) -> Path | None:
         """``workers.scratch``, absolute; None for the temporary folder of whatever machine a worker runs on."""
         return None if self.workers.scratch is None else _absolute(self.workers.scratch, self.folder)
+
+    @property
+    def statistics_path(self) -> Path | None:
+        """``statistics``, absolute."""
+        return None if self.statistics is None else _absolute(self.statistics, self.folder)
 
     def task_specs(self) -> dict[str, TaskSpec]:
         """The tasks as evaluators see them."""

@@ -25,6 +25,7 @@ from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
 from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
+from evomerge.methods.statistics import check_statistics
 from evomerge.methods.stock import ModelStock
 from evomerge.methods.ties import Ties
 
@@ -79,7 +80,7 @@ def merge_state_dicts(
         experts: T mappings with the base's names and shapes. A tensor that *is* the base's has no task vector.
         weights: one an expert; by default each is the method's own (0.3 for task_arithmetic, 1 for ties, ...).
         seed: of the methods' random draws.
-        statistics: one mapping an expert, keyed by tensor name, for the methods that use data.
+        statistics: one mapping an expert, for the methods that are weighted by data (``Method.statistics``).
         dtype: of the merged tensors. By default the base's storage dtype (without a base, the first expert's), to which
             each tensor is rounded once; the arithmetic itself is in the wider of float32 and the storage dtypes.
         params: the method's own parameters (``METHODS[method].params``).
@@ -89,7 +90,8 @@ def merge_state_dicts(
         token ids) is copied from the base.
 
     Raises:
-        MethodError: an unknown method, an illegal parameter or weight, a number of experts the method does not take.
+        MethodError: an unknown method, an illegal parameter or weight, a number of experts the method does not take,
+            statistics that it needs and has not.
         CheckpointError: an expert lacks a tensor, has one too many, or has one of another shape.
     """
     merger = METHODS.get(method) if isinstance(method, str) else method
@@ -101,6 +103,7 @@ def merge_state_dicts(
     values = check_params(merger.name, merger, params)
     chosen = check_weights(merger, [merger.weight.default] * len(experts) if weights is None else weights, len(experts))
     first = experts[0] if base is None else base
+    check_statistics(merger, statistics, len(experts))
     for t, expert in enumerate(experts):
         _check_same_tensors(first, expert, f"expert {t}")
     sources = _Sources(first, base, experts)

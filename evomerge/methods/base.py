@@ -73,6 +73,8 @@ class Method(ABC):
         chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set), where ``chunked_with``
             agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
+        statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
+            gram or loss; None for a method that merges without any.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Method(ABC):
     factors: bool = False
     chunked: bool = True
     keeps_base: bool = True
+    statistics: str | None = None
 
     @abstractmethod
     def combine(
@@ -137,6 +140,10 @@ class Method(ABC):
 
         State is keyed by tensor name, may be dropped and prepared anew, and holds no expert-sized tensors. ``fixed``
         are the parameters that no candidate changes; one that is absent varies.
+
+        Args:
+            statistics: one mapping an expert, where the method names a kind of them. They are read when they are
+                looked up (from memory-mapped files), so that state may hold the mappings themselves.
         """
         return None
 

@@ -19,6 +19,7 @@ from evomerge import installed
 from evomerge.errors import MethodError, nearest
 from evomerge.methods import METHODS
 from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
+from evomerge.methods.statistics import example_statistics, how_to_collect
 from evomerge.params import Param
 from evomerge.plugins import (
     METHOD,
@@ -92,7 +93,8 @@ def permit(recipe: Recipe, *, allow: bool = False) -> Recipe:
         allow: run the file that the recipe names.
 
     Returns the recipe with the hash of the code and all parameters of its method filled in. Raises MethodError if a
-    file's code may not run, is not there, or is not what the recipe was made with.
+    file's code may not run, is not there, or is not what the recipe was made with, or needs statistics that the recipe
+    does not name.
     """
 
     def stage(source: Any) -> Any:
@@ -105,6 +107,12 @@ def permit(recipe: Recipe, *, allow: bool = False) -> Recipe:
         return recipe
     found = _permitted(recipe.method, recipe.code, allow=allow)
     check_experts(found.method, recipe.base is not None, len(recipe.experts))
+    if found.method.statistics is not None and recipe.statistics is None:
+        raise MethodError(
+            f"method {recipe.method} needs statistics of each expert ({found.method.statistics}), but the recipe names "
+            "none",
+            remedy=how_to_collect(found.method.statistics),
+        )
     params = check_params(recipe.method, found.method, recipe.params)
     groups = []
     for group in recipe.groups:
@@ -199,7 +207,8 @@ def _is_method(value: Any) -> bool:
 
 
 def check_method(method: Any) -> None:
-    """The rules that a plug-in can be held to at once: what it declares, and one merge of small random tensors.
+    """The rules that a plug-in can be held to at once: what it declares, and one merge of small random tensors (and
+    statistics, if it needs any).
 
     Raises:
         MethodError: names the rule. (``testing.methods.MethodContract`` looks at much more.)
@@ -222,6 +231,7 @@ def check_method(method: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     base, *experts = (torch.randn(6, 4, generator=generator) for _ in range(count + 1))
     info, params = TensorInfo("probe.weight", shape=(6, 4)), check_params(method.name, method, {})
-    state = method.prepare([(info, base, experts)], **params)
+    statistics = example_statistics(method.statistics, {info.name: info.shape}, count)
+    state = method.prepare([(info, base, experts)], statistics, **params)
     weights = [method.weight.default] * count
     method.merge(base, experts, weights=weights, info=info, state=state, **params)

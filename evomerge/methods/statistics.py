@@ -1,0 +1,68 @@
+"""What methods that are weighted by data are given: one mapping an expert, of one of three kinds.
+
+fisher: tensor name -> mean squared gradients, of the tensor's shape.
+gram:   tensor name -> X'X / rows of the linear layer's inputs X (rows, in): (in, in). Only weights of linear layers.
+loss:   task name -> the expert's mean loss on that task's examples, a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import MethodError
+
+if TYPE_CHECKING:
+    from evomerge.methods.base import Method
+
+STATISTICS = ("fisher", "gram", "loss")
+
+Statistics = Sequence[Mapping[str, Tensor]]
+
+
+def how_to_collect(kind: str, experiment: str = "EXPERIMENT") -> str:
+    """The remedy where statistics are missing."""
+    return (
+        f"Collect them with `evomerge collect {experiment} --what {kind} --out statistics`, and say "
+        "`statistics: statistics` in the experiment file or recipe (statistics=[...] in Python)."
+    )
+
+
+def check_statistics(method: Method, statistics: Statistics | None, num_experts: int) -> None:
+    """MethodError if ``method`` needs statistics and does not have one mapping an expert."""
+    if method.statistics is None:
+        return
+    if statistics is None:
+        raise MethodError(
+            f"method {method.name} needs statistics of each expert ({method.statistics}), but there are none",
+            remedy=how_to_collect(method.statistics),
+        )
+    if len(statistics) != num_experts:
+        raise MethodError(
+            f"method {method.name} takes one mapping of statistics an expert, but {num_experts} experts have "
+            f"{len(statistics)}"
+        )
+
+
+def example_statistics(
+    kind: str | None, shapes: Mapping[str, Sequence[int]], num_experts: int, *, seed: int = 0
+) -> list[dict[str, Tensor]] | None:
+    """Random statistics such as a method of this ``kind`` may be given: for probes and contract tests."""
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    made: list[dict[str, Tensor]] = []
+    for _ in range(num_experts):
+        if kind == "fisher":
+            made.append({name: torch.rand(tuple(shape), generator=generator) for name, shape in shapes.items()})
+        elif kind == "gram":
+            rows = {n: torch.randn(2 * s[1] + 1, s[1], generator=generator) for n, s in shapes.items() if len(s) == 2}
+            made.append({name: x.T @ x / len(x) for name, x in rows.items()})
+        elif kind == "loss":
+            made.append({task: torch.rand((), generator=generator) for task in ("one", "two")})
+        else:
+            raise MethodError(f"statistics are of the kinds {', '.join(STATISTICS)}, not {kind!r}")
+    return made
