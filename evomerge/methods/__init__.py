@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -19,15 +20,18 @@ from evomerge.methods.consensus import Consensus
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
 from evomerge.methods.della import Della, DellaLinear
+from evomerge.methods.depth import Lines
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
+from evomerge.methods.regression import RegMean
 from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
 from evomerge.methods.statistics import check_statistics
 from evomerge.methods.stock import ModelStock
 from evomerge.methods.ties import Ties
+from evomerge.methods.weighted import Fisher, LmCocktail
 
 _ALL: tuple[Method, ...] = (
     Linear(),
@@ -55,7 +59,12 @@ _ALL: tuple[Method, ...] = (
     IsoCTS(),
     WUDI(),
     RandomVectors(),
+    Fisher(),
+    RegMean(),
+    LmCocktail(),
 )
+# What LiNeS can scale: the merged task vector of any method that adds one to a base.
+_ALL += (Lines({m.name: m for m in _ALL if m.needs_base and m.keeps_base and m.statistics is None}),)
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
@@ -131,10 +140,16 @@ class _Sources:
     base: Mapping[str, Tensor] | None
     experts: Sequence[Mapping[str, Tensor]]
 
+    @cached_property
+    def num_layers(self) -> int:
+        from evomerge.checkpoints import tensor_kind
+
+        return 1 + max((layer for _, layer in map(tensor_kind, self.first) if layer is not None), default=-1)
+
     def load(self, name: str) -> tuple[TensorInfo, Tensor | None, list[Tensor]]:
         from evomerge.checkpoints import tensor_kind  # here, because checkpoints.py is built on this package
 
-        info = TensorInfo(name, *tensor_kind(name), shape=tuple(self.first[name].shape))
+        info = TensorInfo(name, *tensor_kind(name), self.num_layers, tuple(self.first[name].shape))
         return info, None if self.base is None else self.base[name], [expert[name] for expert in self.experts]
 
     def __iter__(self):

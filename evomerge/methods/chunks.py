@@ -41,7 +41,7 @@ def merge_chunks(
     Raises:
         MethodError: the call breaks a rule of the method.
     """
-    if not method.chunked_with(state, **params):
+    if not method.chunked_with(state, **params) and (state is None or method.statistics is None):
         state = method.prepare([(info, base, experts)], **params)
     if not method.chunked_with(state, **params):
         merged = method.merge(base, experts, weights=weights, info=info, state=state, seed=seed, **params)

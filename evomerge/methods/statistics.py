@@ -59,7 +59,8 @@ def example_statistics(
         if kind == "fisher":
             made.append({name: torch.rand(tuple(shape), generator=generator) for name, shape in shapes.items()})
         elif kind == "gram":
-            rows = {n: torch.randn(2 * s[1] + 1, s[1], generator=generator) for n, s in shapes.items() if len(s) == 2}
+            layers = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2 and 0 < shape[1] <= 4096}
+            rows = {name: torch.randn(2 * width + 1, width, generator=generator) for name, width in layers.items()}
             made.append({name: x.T @ x / len(x) for name, x in rows.items()})
         elif kind == "loss":
             made.append({task: torch.rand((), generator=generator) for task in ("one", "two")})

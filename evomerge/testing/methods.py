@@ -24,6 +24,7 @@ from evomerge.errors import MethodError
 from evomerge.methods.base import LowRank, Method, TensorInfo, check_params
 from evomerge.methods.chunks import CHUNK, merge_chunks
 from evomerge.methods.random import BLOCK
+from evomerge.methods.statistics import example_statistics
 
 SHAPES = [(), (0, 3), (1,), (7,), (5, 6), (2, 3, 4), (40, 50)]
 
@@ -64,8 +65,13 @@ class MethodContract:
         info = TensorInfo("layer.weight", shape=tuple(experts[0].shape))
         params = {k: v for k, v in options.items() if k in self.method.params}
         if state is None:
-            state = self.method.prepare([(info, base, experts)], **check_params("", self.method, params))
+            state = self.prepare(info, base, experts, **check_params("", self.method, params))
         return self.method.merge(base, experts, info=info, state=state, **options)
+
+    def prepare(self, info: TensorInfo, base: Tensor | None, experts: Sequence[Tensor], **params: Any) -> Any:
+        """The state for one tensor, from random statistics where the method needs any: the same for every call."""
+        statistics = example_statistics(self.method.statistics, {info.name: info.shape}, len(experts))
+        return self.method.prepare([(info, base, experts)], statistics, **params)
 
     # -- facts
 
@@ -149,7 +155,7 @@ class MethodContract:
         weights = self.weights(len(experts))
         cuts = [0, 1, 1000, BLOCK - 1, BLOCK + 1, 2 * BLOCK, base.numel()]
         for params in self.all_settings():
-            state = self.method.prepare([(info, base, experts)], **params)
+            state = self.prepare(info, base, experts, **params)
             options: dict[str, Any] = {"weights": weights, "state": state, "seed": 3, **params}
             whole = self.method.merge(base, experts, info=info, **options).reshape(-1)
             if not self.method.chunked_with(state, **params):
@@ -164,7 +170,8 @@ class MethodContract:
         info = TensorInfo("layer.weight", shape=(20, 30))
         weights = self.weights(len(experts))
         for params in self.all_settings():
-            if params.get("scope") == "model":  # one tensor cannot know the model's threshold
+            # One tensor cannot know the model's threshold, or what was measured of the experts.
+            if params.get("scope") == "model" or self.method.statistics is not None:
                 with pytest.raises(MethodError):
                     self.method.merge(base, experts, weights=weights, info=info, **params)
                 continue
@@ -186,9 +193,10 @@ class MethodContract:
         weights = self.weights(len(experts))
         for params in self.all_settings():
             whole = self.merge(base, experts, seed=4, **params).reshape(-1)
-            ready = self.method.prepare([(info, base, experts)], **params)
-            # Whether it is prepared, or (all parameters may vary) has to find out itself.
-            for state in [ready] if params.get("scope") == "model" else [ready, None]:
+            ready = self.prepare(info, base, experts, **params)
+            # Whether it is prepared, or (all parameters may vary) has to find out itself, as far as it can.
+            alone = params.get("scope") != "model" and self.method.statistics is None
+            for state in [ready, None] if alone else [ready]:
                 at = 0
                 pieces = merge_chunks(
                     self.method, base, experts, weights=weights, info=info, state=state, seed=4, params=params

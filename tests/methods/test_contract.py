@@ -168,6 +168,36 @@ class TestRandomVectors(MethodContract):
     settings = ({"scale": 0.5},)
 
 
+class TestFisher(MethodContract):
+    method = METHODS["fisher"]
+    settings = (
+        {"normalize": False, "floor_by": "add"},
+        {"floor": 0.5, "favor_first": True},
+        {"floor": 0.0},
+    )
+    zero_weights_give_base = False
+
+
+class TestRegMean(MethodContract):
+    method = METHODS["regmean"]
+    settings = ({"rho": 1.0}, {"rho": 0.0, "scale": 0.7}, {"matrices": "inner"})
+
+
+class TestLmCocktail(MethodContract):
+    method = METHODS["lm_cocktail"]
+    settings = ({"temperature": 0.1},)
+    zero_weights_give_base = False
+
+
+class TestLines(MethodContract):
+    method = METHODS["lines"]
+    settings = (
+        {"a": 0.3, "b": 0.7},
+        {"inner": "ties", "density": 0.5, "mode": "sum", "a": 0.5},
+        {"inner": "dare_linear", "a": 1.0, "outside": "ends"},
+    )
+
+
 def test_every_method_is_under_the_contract() -> None:
     held = {suite.method.name for suite in MethodContract.__subclasses__() if suite.__module__ == __name__}
     assert held == set(METHODS)

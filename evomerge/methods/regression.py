@@ -1,0 +1,129 @@
+"""RegMean: the weights whose outputs are closest to every expert's own, on the inputs that this expert sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import MethodError
+from evomerge.methods.arithmetic import SCALE, task_vectors, weighted_sum
+from evomerge.methods.base import SourceIterable, State, TensorInfo
+from evomerge.methods.matrices import ALL_MATRICES, MatrixMethod, num_kept
+from evomerge.methods.statistics import Statistics
+from evomerge.methods.weighted import NOT_NEGATIVE, missing_statistics
+from evomerge.params import Param
+
+
+@final
+class RegMean(MatrixMethod):
+    """W' = (sum_t w_t G_t)^-1 sum_t w_t G_t W_t', G_t = X_t' X_t / rows of the layer's inputs X_t, off-diagonals x rho.
+
+    That is the least-squares fit to the outputs X_t W_t' of all experts. Solved for the distance from the weighted mean
+    of the task vectors, in float64: what the inputs do not determine (a unit that never fires) stays the mean.
+    Tensors without a Gram matrix (norms, biases, embeddings) are merged by that mean, sum w_t tau_t / sum w_t.
+    """
+
+    name = "regmean"
+    summary = "weights of linear layers by least squares on the experts' inputs; the weighted mean elsewhere"
+    reference = (
+        "Jin et al. 2023, Dataless knowledge fusion by merging weights of language models, arXiv:2212.09849, "
+        "equation 2 and section 4 (rho is its alpha)"
+    )
+    params: Mapping[str, Param] = MappingProxyType(
+        {
+            "rho": Param(
+                float,
+                0.9,
+                "what multiplies the off-diagonal entries of the Gram matrices; the paper takes 0.9, and 0.1 for T5; 1 "
+                "leaves them as they are, 0 weighs each input by itself",
+                low=0.0,
+                high=1.0,
+            ),
+            "matrices": ALL_MATRICES,
+            "scale": SCALE,
+        }
+    )
+    weight = NOT_NEGATIVE
+    statistics = "gram"
+
+    def prepare(self, sources: SourceIterable, statistics: Statistics | None = None, **fixed: Any) -> Statistics:
+        if statistics is None:
+            raise missing_statistics(self)
+        return statistics
+
+    def combine(self, base: Tensor, experts: Sequence[Any], *, weights: Sequence[float], **rest: Any) -> Tensor:
+        """Raises MethodError without statistics, or if some experts lack a Gram matrix that others have."""
+        if rest["state"] is None:
+            raise missing_statistics(self)
+        mean = math.fsum(weights) / max(1, num_kept(weights))
+        shares = [weight / mean for weight in weights] if mean else weights  # the mean is then sum w tau / sum w
+        return super().combine(base, experts, weights=shares, **rest)
+
+    def combine_matrix(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: State | None,
+        rho: float,
+        **_: Any,
+    ) -> Tensor | None:
+        assert state is not None
+        vectors = list(task_vectors(base, experts, weights, dtype))
+        mean = weighted_sum((weight / num_kept(weights), tau.clone()) for _, weight, tau in vectors)
+        kept = [t for t, weight in enumerate(weights) if weight != 0]
+        have = [t for t in kept if info.name in state[t]]
+        if mean is None or not have:
+            return mean
+        if have != kept:
+            raise MethodError(
+                f"expert {next(t for t in kept if t not in have)} has no Gram matrix for {info.name}, but others have",
+                remedy="Collect them for all experts in one go.",
+            )
+        tau_of = {t: tau for t, _, tau in vectors}
+        zero = torch.zeros_like(mean)  # of an expert that is the base
+        total = base.new_zeros(info.shape[1], info.shape[1], dtype=torch.float64)  # (in, in)
+        right = total.new_zeros(info.shape[1], info.shape[0])  # (in, out)
+        for t in kept:
+            G = self._gram(state[t][info.name], info, rho).to(base.device).mul_(weights[t])
+            total += G
+            right += G @ (tau_of.get(t, zero) - mean).T.double()
+        eps = torch.finfo(state[kept[0]][info.name].dtype).eps
+        return mean.add_(solve_positive(total, right, eps).T)
+
+    def _gram(self, gram: Tensor, info: TensorInfo, rho: float) -> Tensor:
+        """A copy in float64 with its off-diagonals scaled; MethodError if its shape is not (in, in)."""
+        if tuple(gram.shape) != (info.shape[1],) * 2:
+            raise MethodError(
+                f"the Gram matrix of {info.name} is {tuple(gram.shape)}, but the layer has {info.shape[1]} inputs",
+                remedy="Collect it again, from this base and these experts.",
+            )
+        diagonal = gram.diagonal().double()
+        scaled = gram.double().mul(rho)
+        scaled.diagonal().copy_(diagonal)
+        return scaled
+
+
+def solve_positive(A: Tensor, B: Tensor, eps: float) -> Tensor:
+    """X with A X = B for a symmetric, positive semidefinite A: (n, n), B: (n, m) in its range; float64.
+
+    By Cholesky where A is well enough conditioned for numbers of precision ``eps``, else the X of the least norm.
+    """
+    A = A.clone()
+    dead = A.diagonal() <= 0  # rows and columns of zeros: no equation at all, so that X is zero there
+    A.diagonal()[dead] = 1.0
+    L, failed = torch.linalg.cholesky_ex(A)
+    pivots = L.diagonal().square()
+    if not failed and pivots.min() > len(A) * eps * pivots.max():
+        return torch.cholesky_solve(B, L)
+    values, vectors = torch.linalg.eigh(A)
+    inverse = torch.where(values > len(A) * eps * values[-1], 1 / values, torch.zeros_like(values))
+    return vectors @ (inverse[:, None] * (vectors.T @ B))
