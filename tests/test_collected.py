@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -11,44 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from statistics_folder import write_statistics
 
-from evomerge.checkpoints import content_hash, open_checkpoint
 from evomerge.collected import open_collected, read_manifest, verify_collected
 from evomerge.errors import CheckpointError, MethodError, SpecError
 from evomerge.merging import Merger, open_sources, verify_sources
 from evomerge.methods import merge_state_dicts
-from evomerge.methods.statistics import example_statistics
 from evomerge.planning import build_plan
 from evomerge.progress import Progress
 from evomerge.recipe import Collected, Recipe
 from evomerge.spec import load_spec
 from evomerge.testing import tiny
 
-
-def write_statistics(family: Path, folder: Path, *kinds: str, seed: int = 0) -> Path:
-    """Random statistics of the family's two experts, in the documented format."""
-    base = open_checkpoint(family / "base")
-    shapes = {name: base.shape(name) for name in base.names}
-    folder.mkdir(exist_ok=True)
-    manifest = {"evomerge_statistics": 1, "kinds": {}}
-    for kind in kinds:
-        files = []
-        for t, tensors in enumerate(example_statistics(kind, shapes, 2, seed=seed) or []):
-            path = folder / f"expert{t}.{kind}.safetensors"
-            save_file(tensors, path)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            expert = content_hash(family / f"expert{t}")
-            files.append({"file": path.name, "expert": expert, "sha256": digest, "size": path.stat().st_size})
-        manifest["kinds"][kind] = {"base": content_hash(family / "base"), "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+EXPERTS = ("expert0", "expert1")
 
 
 @pytest.fixture
 def family(dense_family: Path, tmp_path: Path) -> Path:
     shutil.copytree(dense_family, tmp_path / "family")
-    write_statistics(tmp_path / "family", tmp_path / "family" / "stats", "fisher", "loss")
+    write_statistics(tmp_path / "family", EXPERTS, tmp_path / "family" / "stats", "fisher", "loss")
     return tmp_path / "family"
 
 
@@ -88,7 +69,7 @@ def test_the_recipe_is_of_what_the_statistics_say_not_where_they_lie(family: Pat
     shutil.copytree(family / "stats", tmp_path / "moved")
     moved = verify_sources(Recipe.load(recipe_file(family, statistics=str(tmp_path / "moved"))))
     assert moved.hash == recipe.hash
-    write_statistics(family, tmp_path / "moved", "fisher", seed=1)
+    write_statistics(family, EXPERTS, tmp_path / "moved", "fisher", seed=1)
     other = verify_sources(Recipe.load(recipe_file(family, statistics=str(tmp_path / "moved"))))
     assert other.hash != recipe.hash
     again = Recipe.from_dict(yaml.safe_load(recipe.to_yaml()))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from statistics_folder import statistics_of
 
 from evomerge.errors import ResourceError
 from evomerge.keeping import choose, dense_bytes, keep, refuse_pinned
@@ -42,7 +43,8 @@ def recipe_of(folder: Path, method: str) -> Recipe:
         return Recipe(None, (base, dense), method, group)
     if METHODS[method].num_experts[1] == 1:
         return Recipe(base, (lora,), method, (Group((0.6,)),))
-    return Recipe(base, (dense, lora), method, group)
+    statistics = statistics_of(folder, ("dense", "lora"), METHODS[method].statistics)
+    return Recipe(base, (dense, lora), method, group, statistics=statistics)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,8 +16,10 @@ import torch
 import transformers
 from methods.families import NOT_AROUND_THE_BASE, fitting
 from safetensors.torch import load_file, save_file
+from statistics_folder import statistics_of
 
 from evomerge.checkpoints import content_hash
+from evomerge.collected import open_collected
 from evomerge.errors import CheckpointError, EvaluatorError, SpecError
 from evomerge.exporting import export
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
@@ -32,6 +34,7 @@ def recipe_of(folder: Path, method: str = "task_arithmetic", weights: tuple = (0
     """A recipe for ``folder/base`` and its experts."""
     names = sorted(p.name for p in folder.iterdir() if p.name.startswith("expert"))
     experts, weights = fitting(method, names), tuple(fitting(method, weights))
+    changes.setdefault("statistics", statistics_of(folder, experts, METHODS[method].statistics))
     return Recipe(
         base=Source("base", str(folder / "base")),
         experts=tuple(Source(name, str(folder / name)) for name in experts),
@@ -186,7 +189,10 @@ def test_files_hold_what_the_method_computes(dense_family: Path, tmp_path: Path,
     recipe = recipe_of(dense_family, method, seed=3)
     base, *experts = (load_file(dense_family / n / "model.safetensors") for n in ("base", "expert0", "expert1"))
     experts, weights = fitting(method, experts), fitting(method, (0.4, 0.7))
-    expected = merge_state_dicts(method, base, experts, weights=weights, seed=3, dtype=torch.bfloat16)
+    kind = METHODS[method].statistics
+    statistics = None if recipe.statistics is None else open_collected(recipe.statistics, str(kind), recipe)
+    options: dict[str, Any] = {"weights": weights, "statistics": statistics, "seed": 3, "dtype": torch.bfloat16}
+    expected = merge_state_dicts(method, base, experts, **options)
     assert_equal(weights_in(export(recipe, tmp_path / "out")), expected)
 
 

@@ -16,7 +16,7 @@ from evomerge.methods.base import TensorInfo
 T = TypeVar("T")
 
 # Those whose zero weights do not give the base: they are not of the form base + sum w f(tau).
-NOT_AROUND_THE_BASE = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough"}
+NOT_AROUND_THE_BASE = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "fisher", "lm_cocktail"}
 
 
 def fitting(method: str, experts: Sequence[T]) -> list[T]:

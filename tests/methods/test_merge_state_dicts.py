@@ -38,15 +38,11 @@ def merged_of(method: str, base, experts, **options) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_tensor_is_merged_and_rounded_once(method: str):
-<<<<<<< HEAD
     experts, weights = fitting(method, EXPERTS), fitting(method, [0.4, 0.9])
-    merged = merge_state_dicts(method, BASE, experts, weights=weights, seed=3)
-=======
-    merged = merged_of(method, BASE, EXPERTS, weights=[0.4, 0.9], seed=3)
+    merged = merged_of(method, BASE, experts, weights=weights, seed=3)
     shapes = {name: tensor.shape for name, tensor in BASE.items() if tensor.is_floating_point()}
-    statistics = example_statistics(METHODS[method].statistics, shapes, 2)
+    statistics = example_statistics(METHODS[method].statistics, shapes, len(experts))
     state = METHODS[method].prepare([], statistics) if statistics else None
->>>>>>> 146cbbb (fisher, regmean, lm_cocktail and lines; statistics of experts that a recipe names and its hash holds)
     assert list(merged) == list(BASE)
     for name, tensor in BASE.items():
         assert merged[name].shape == tensor.shape and merged[name].dtype == tensor.dtype
@@ -75,15 +71,9 @@ def test_dtype_of_the_result():
     assert wide["norm.weight"].dtype == torch.float64
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("method", sorted(set(METHODS) - NOT_AROUND_THE_BASE))
 def test_all_weights_zero_give_the_base_s_very_bytes(method: str):
-    merged = merge_state_dicts(method, BASE, fitting(method, EXPERTS), weights=fitting(method, [0, 0]))
-=======
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"linear", "slerp", "fisher", "lm_cocktail"}))
-def test_all_weights_zero_give_the_base_s_very_bytes(method: str):
-    merged = merged_of(method, BASE, EXPERTS, weights=[0, 0])
->>>>>>> 146cbbb (fisher, regmean, lm_cocktail and lines; statistics of experts that a recipe names and its hash holds)
+    merged = merged_of(method, BASE, fitting(method, EXPERTS), weights=fitting(method, [0, 0]))
     for name, tensor in BASE.items():
         assert torch.equal(merged[name].view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
@@ -113,27 +103,16 @@ def test_without_a_base():
 def test_untouched_tensors_stay_the_base():
     """An adapter's state dict shares the tensors that it does not change."""
     expert = {**BASE, "norm.weight": EXPERTS[0]["norm.weight"]}
-<<<<<<< HEAD
     for method in METHODS:
-        merged = merge_state_dicts(method, BASE, fitting(method, [expert, expert]), dtype=torch.float32)
+        merged = merged_of(method, BASE, fitting(method, [expert, expert]), dtype=torch.float32)
         assert torch.equal(merged["embed.weight"], BASE["embed.weight"].float()), method
         assert not torch.equal(merged["norm.weight"], BASE["norm.weight"].float()), method
-=======
-    for method in sorted(set(METHODS) - {"slerp"}):
-        merged = merged_of(method, BASE, [expert])
-        assert torch.equal(merged["embed.weight"], BASE["embed.weight"])
-        assert not torch.equal(merged["norm.weight"], BASE["norm.weight"])
->>>>>>> 146cbbb (fisher, regmean, lm_cocktail and lines; statistics of experts that a recipe names and its hash holds)
 
 
 def test_inputs_keep_their_bytes():
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in (BASE, *EXPERTS)]
     for method in METHODS:
-<<<<<<< HEAD
-        merge_state_dicts(method, BASE, fitting(method, EXPERTS))
-=======
-        merged_of(method, BASE, EXPERTS)
->>>>>>> 146cbbb (fisher, regmean, lm_cocktail and lines; statistics of experts that a recipe names and its hash holds)
+        merged_of(method, BASE, fitting(method, EXPERTS))
     for model, copy in zip((BASE, *EXPERTS), before, strict=True):
         assert all(torch.equal(model[name], copy[name]) for name in copy)
 
@@ -141,11 +120,7 @@ def test_inputs_keep_their_bytes():
 def test_trainable_parameters_are_merged_without_a_graph():
     parameters = {"w": torch.nn.Parameter(torch.randn(4, 4))}
     for method in METHODS:
-<<<<<<< HEAD
-        merged = merge_state_dicts(method, parameters, fitting(method, [{"w": parameters["w"] + 1}, dict(parameters)]))
-=======
-        merged = merged_of(method, parameters, [dict(parameters), {"w": parameters["w"] + 1}])
->>>>>>> 146cbbb (fisher, regmean, lm_cocktail and lines; statistics of experts that a recipe names and its hash holds)
+        merged = merged_of(method, parameters, fitting(method, [{"w": parameters["w"] + 1}, dict(parameters)]))
         assert not merged["w"].requires_grad
 
 

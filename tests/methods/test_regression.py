@@ -81,7 +81,7 @@ def test_equal_inputs_give_the_mean_and_one_expert_is_kept(shape):
 
 
 def test_few_inputs_leave_the_mean_where_they_say_nothing():
-    """Rank-deficient Gram matrices (2 rows, 6 inputs), undamped: the outputs on the inputs fit, the rest is the mean."""
+    """Rank-deficient Gram matrices (2 rows, 6 inputs), undamped: the outputs fit, the rest is the mean."""
     base, experts, X = case(3, 4, 6, 2, rows=2)
     merged = merge(base, experts, [gram(x) for x in X], [1.0, 1.0], rho=1.0)
     for x, W in zip(X, experts, strict=True):

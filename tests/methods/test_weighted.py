@@ -34,10 +34,8 @@ def importances(family: Family, seed: int, low: float = -12.0) -> list[np.ndarra
 def merge(method: str, family: Family, statistics: list, **params) -> np.ndarray:
     """By merge_state_dicts, in float64."""
     tensors = [{family.name: torch.tensor(a)} for a in (family.base, *family.experts)]
-    given = [
-        {k: torch.tensor(v) for k, v in (s.items() if isinstance(s, dict) else {family.name: s}.items())}
-        for s in statistics
-    ]
+    mappings = [given if isinstance(given, dict) else {family.name: given} for given in statistics]
+    given = [{key: torch.tensor(v, dtype=torch.float64) for key, v in mapping.items()} for mapping in mappings]
     merged = merge_state_dicts(
         method, tensors[0], tensors[1:], weights=family.weights, statistics=given, dtype=torch.float64, **params
     )
@@ -75,9 +73,8 @@ def test_fisher_is_normalised_over_the_whole_model():
         {"a": torch.tensor([6.0, 0.0]).double(), "b": torch.tensor([8.0]).double()},  # the same, twice as steep
     ]
     merged = merge_state_dicts("fisher", base, experts, statistics=F)
-    assert_close(
-        torch.cat([merged["a"], merged["b"]]).numpy(), np.array([1.5, (1 / 5 + 2 / 10) / (1 / 5 + 1 / 10), 1.5])
-    )
+    floored = (1 / 5 + 2 / 10) / (1 / 5 + 1 / 10)  # of an entry where both are 0: by the norms alone
+    assert_close(torch.cat([merged["a"], merged["b"]]).numpy(), np.array([1.5, floored, 1.5]))
     merged = merge_state_dicts("fisher", base, experts, statistics=F, normalize=False)
     assert_close(merged["b"].numpy(), np.array([(4 * 1 + 8 * 2) / 12]))
 
