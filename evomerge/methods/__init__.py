@@ -22,6 +22,7 @@ from evomerge.methods.dare import DareLinear, DareTies
 from evomerge.methods.della import Della, DellaLinear
 from evomerge.methods.depth import Lines
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
+from evomerge.methods.knots import Knots
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
@@ -58,6 +59,7 @@ _ALL: tuple[Method, ...] = (
     IsoC(),
     IsoCTS(),
     WUDI(),
+    Knots(),
     RandomVectors(),
     Fisher(),
     RegMean(),

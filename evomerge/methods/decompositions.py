@@ -58,6 +58,27 @@ def svd(matrix: Tensor | LowRank, dtype: torch.dtype, top: int | None = None, *,
     return SVD(left, S, right) if tall is matrix else SVD(right, S, left)
 
 
+def left_basis(matrices: Sequence[Tensor | LowRank], dtype: torch.dtype) -> Tensor:
+    """(m, k), float64: the left singular vectors of (m, n_t) matrices side by side, from the largest on.
+
+    Low-rank ones enter as B L with A = L Q', Q' having orthonormal rows, so that nothing as wide as they are is made.
+    No matrices, or zeros only, give k = 0. Raises as ``svd``.
+    """
+    columns = [_narrow(matrix) if isinstance(matrix, LowRank) else matrix for matrix in matrices]
+    if not columns:
+        return torch.empty(0, 0, dtype=torch.float64)
+    side = torch.cat(columns, dim=1)
+    if side.shape[0] < side.shape[1]:
+        return _decomposed(side.T, dtype)[2]
+    return svd(side, dtype).U
+
+
+def _narrow(matrix: LowRank) -> Tensor:
+    """(m, rank), float64: scaling B L, with the same product with its transpose as the matrix itself."""
+    upper = torch.linalg.qr(matrix.A.to(torch.float64).T).R
+    return matrix.scaling * (matrix.B.to(torch.float64) @ upper.T)
+
+
 def polar(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(U V' in ``dtype``, S): the matrix with all its singular values at 1, and what they were. Raises as ``svd``."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
