@@ -63,14 +63,16 @@ MOVING: Mapping[str, Any] = {
     "r": {"range": [0.02, 0.5], "log": True},
     "select_topk": {"range": [0.05, 1.0], "log": True},
     "common": {"range": [0.2, 0.95]},
-    "rank_share": {"range": [0.05, 0.6]},
+    "lr": {"range": [1e-6, 1e-3], "log": True},
     "rho": {"range": [0.5, 1.0]},
     "t": {"range": [0.0, 1.0]},
     "temperature": {"range": [0.1, 10.0], "log": True},
 }
-MOVING_OF: Mapping[str, Mapping[str, Any]] = {  # where a method's legal range is narrower
+MOVING_OF: Mapping[str, Mapping[str, Any]] = {  # methods that want it otherwise; None: does not move
+    "consensus": {"density": None},  # is of the inner ties only
     "della": {"density": {"range": [0.15, 0.85]}},
     "della_linear": {"density": {"range": [0.15, 0.85]}},
+    "knots": {"density": {"range": [0.05, 1.0], "log": True, "initial": 0.2}},
 }
 SCALE = {"range": [0.3, 2.0], "log": True}  # moves only where the weights' common size does nothing
 
@@ -171,7 +173,7 @@ def space(method: Method, setting: str, num_experts: int) -> dict[str, Any]:
     params: dict[str, Any] = {}
     if setting == "search":
         moving = {**MOVING, **MOVING_OF.get(method.name, {}), **({"scale": SCALE} if proportions else {})}
-        params = {key: moved(param, moving[key]) for key, param in method.params.items() if key in moving}
+        params = {key: moved(param, moving[key]) for key, param in method.params.items() if moving.get(key)}
         if not params and not weights_count:
             raise NotForThis("has no weight and no parameter to search")
     if not weights_count:
