@@ -163,6 +163,15 @@ class TestWUDI(MethodContract):
     settings = ({"matrices": "all", "steps": 5}, {"matrices": "all", "steps": 3, "lr": 0.01, "scale": 0.5})
 
 
+class TestKnots(MethodContract):
+    method = METHODS["knots"]
+    settings = (
+        {"density": 1.0, "mode": "sum"},
+        {"inner": "dare_ties", "density": 0.7, "matrices": "inner"},
+        {"inner": "dare_linear", "scale": 0.5},
+    )
+
+
 class TestRandomVectors(MethodContract):
     method = METHODS["random_vectors"]
     settings = ({"scale": 0.5},)

@@ -6,8 +6,6 @@ parts cancel to zero; equal singular values have no basis of their own. Such fam
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import pytest
 import torch
@@ -18,21 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evomerge.errors import MethodError
 from evomerge.methods import METHODS, merge_state_dicts
 from evomerge.methods.base import LowRank, TensorInfo
-from evomerge.testing.methods import MethodContract
 
 from .families import Family
 from .matrix_families import kept, matrix_families
 from .references import elect_and_merge, trim
 from .test_random import documented_uniform
-
-
-class TestKnots(MethodContract):
-    method = METHODS["knots"]
-    settings: ClassVar = (
-        {"density": 1.0, "mode": "sum"},
-        {"inner": "dare_ties", "density": 0.7, "matrices": "inner"},
-        {"inner": "dare_linear", "scale": 0.5},
-    )
 
 
 def parts_of(taus: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
