@@ -65,7 +65,7 @@ MOVING: Mapping[str, Any] = {
     "common": {"range": [0.2, 0.95]},
     "lr": {"range": [1e-6, 1e-3], "log": True},
     "rho": {"range": [0.5, 1.0]},
-    "t": {"range": [0.0, 1.0]},
+    "t": {"range": [0.0, 1.0], "initial": 0.5},
     "temperature": {"range": [0.1, 10.0], "log": True},
 }
 MOVING_OF: Mapping[str, Mapping[str, Any]] = {  # methods that want it otherwise; None: does not move
@@ -91,6 +91,16 @@ class Family:
     @property
     def home(self) -> Path:
         return self.folder if self.folder != Path() else ROOT / "experiments" / self.name
+
+    @property
+    def file(self) -> dict[str, Any]:
+        """Its experiment file."""
+        return yaml.safe_load((self.home / "experiment.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def is_built(self) -> bool:
+        file = self.file
+        return all((self.home / path).is_dir() for path in (file["base"], *file["experts"].values()))
 
     @property
     def cache(self) -> Path:
@@ -131,7 +141,7 @@ def experiment(family: Family, method: str, setting: str) -> dict[str, Any]:
     Raises:
         NotForThis: the method cannot be run on this family.
     """
-    data = yaml.safe_load((family.home / "experiment.yaml").read_text(encoding="utf-8"))
+    data = family.file
     refuse(METHODS[method], len(data["experts"]))
     data |= {
         "space": space(METHODS[method], setting, len(data["experts"])),
@@ -372,7 +382,8 @@ def work(families: Sequence[Family], methods: Sequence[str]) -> list[tuple[Famil
 
 def page(rows: Sequence[Mapping[str, Any]], families: Sequence[Family] = FAMILIES) -> str:
     """The tables in Markdown, a function of the results alone."""
-    return "\n\n".join(table([r for r in rows if r["family"] == f.name], f) for f in families) + "\n"
+    by_family = [(f, [r for r in rows if r["family"] == f.name]) for f in families]
+    return "".join(table(own, family) + "\n\n" for family, own in by_family if own)
 
 
 def table(rows: Sequence[Mapping[str, Any]], family: Family) -> str:
@@ -491,7 +502,7 @@ def main(arguments: Sequence[str] | None = None, families: Sequence[Family] = FA
         return 0
     if not options.write_docs:
         chosen = [f for f in families if not options.families or f.name in options.families]
-        for family in [f for f in chosen if not (f.home / "cache" / "base").is_dir()]:
+        for family in [f for f in chosen if not f.is_built]:
             print(f"{family.name} is not built: python experiments/{family.name}/build.py", file=sys.stderr)
             chosen.remove(family)
         todo = [w for w in work(chosen, options.methods) if not is_done(results.find(w[0].name, *w[1:]), *w)]
