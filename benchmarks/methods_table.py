@@ -68,11 +68,13 @@ MOVING: Mapping[str, Any] = {
     "t": {"range": [0.0, 1.0], "initial": 0.5},
     "temperature": {"range": [0.1, 10.0], "log": True},
 }
-MOVING_OF: Mapping[str, Mapping[str, Any]] = {  # methods that want it otherwise; None: does not move
+# Methods that want it otherwise. None: does not move. An initial is what a default that is derived comes to.
+MOVING_OF: Mapping[str, Mapping[str, Any]] = {
     "consensus": {"density": None},  # is of the inner ties only
     "della": {"density": {"range": [0.15, 0.85]}},
     "della_linear": {"density": {"range": [0.15, 0.85]}},
     "knots": {"density": {"range": [0.05, 1.0], "log": True, "initial": 0.2}},
+    "lines": {"density": None, "b": {"range": [0.0, 2.0], "initial": lambda num_experts: 1 - 1 / num_experts}},
 }
 SCALE = {"range": [0.3, 2.0], "log": True}  # moves only where the weights' common size does nothing
 
@@ -183,7 +185,7 @@ def space(method: Method, setting: str, num_experts: int) -> dict[str, Any]:
     params: dict[str, Any] = {}
     if setting == "search":
         moving = {**MOVING, **MOVING_OF.get(method.name, {}), **({"scale": SCALE} if proportions else {})}
-        params = {key: moved(param, moving[key]) for key, param in method.params.items() if moving.get(key)}
+        params = {k: moved(p, moving[k], num_experts) for k, p in method.params.items() if moving.get(k)}
         if not params and not weights_count:
             raise NotForThis("has no weight and no parameter to search")
     if not weights_count:
@@ -193,8 +195,10 @@ def space(method: Method, setting: str, num_experts: int) -> dict[str, Any]:
     return {"method": method.name, "params": params, "weights": weights}
 
 
-def moved(param: Param, how: Mapping[str, Any]) -> dict[str, Any]:
+def moved(param: Param, how: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
     """``how`` within the parameter's legal range, starting from its default."""
+    if callable(how.get("initial")):
+        how = {**how, "initial": how["initial"](num_experts)}
     low, high = how["range"]
     low, high = max(low, param.low), min(high, param.high)
     if isinstance(param.default, int | float):
