@@ -18,7 +18,7 @@ from torch import Tensor
 from evomerge.errors import CheckpointError
 from evomerge.folders import find_folder, inside, optional_files, read_json, refuse_pickles, some, tokenizer_files
 from evomerge.hashing import cache_folder, content_hash
-from evomerge.methods.base import LowRank, TensorInfo, arithmetic_dtype
+from evomerge.methods.base import ANY_EXPERTS, LowRank, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
 from evomerge.safetensor_files import Entry, read_header
 from evomerge.vocabulary import check_tokenizers
@@ -342,6 +342,31 @@ class Sources:
     def has_factors(self, name: str) -> bool:
         """True if an expert comes as LowRank here when ``load`` is asked for factors."""
         return any(not isinstance(e, Checkpoint) and e.low_rank(name) and e.full(name) is None for e in self.experts)
+
+    def require_factors(self, method: str, used: Sequence[bool] | None = None) -> None:
+        """CheckpointError unless all experts are LoRA adapters, of one rank in each tensor, as ``method`` needs them.
+
+        Args:
+            used: which experts are merged at all; by default all.
+        """
+        chosen = [e for t, e in enumerate(self.experts) if used is None or used[t]]
+        for expert in chosen:
+            dense = isinstance(expert, Checkpoint)
+            whole = [] if dense else [n for n in expert.names if expert.full(n) is not None]
+            if dense or whole:
+                raise CheckpointError(
+                    f"method {method} works on the factors of LoRA experts, but {expert.path} "
+                    + ("is a whole checkpoint" if dense else f"replaces {some(whole)} as a whole (modules_to_save)"),
+                    remedy=ANY_EXPERTS,
+                )
+        for name in self.names:
+            ranks = {found.A.shape[0] for e in chosen if not isinstance(e, Checkpoint) and (found := e.low_rank(name))}
+            if len(ranks) > 1:
+                raise CheckpointError(
+                    f"method {method} needs LoRA experts of one rank, but on {name} theirs are "
+                    f"{', '.join(map(str, sorted(ranks)))}",
+                    remedy=ANY_EXPERTS,
+                )
 
     def load(
         self, name: str, factors: bool = False, *, kept: bool = False

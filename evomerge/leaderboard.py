@@ -194,7 +194,7 @@ class _Board:
         return tuple(failed)
 
     def _notes(self, winner: Evaluation | None) -> Iterable[str]:
-        if not self.objective.plain or self.objective.normalizers:
+        if not self.objective.word:
             what, *constraints = self.objective.text()
             yield f"Objective: {what}." + (f" Constraints: {'; '.join(constraints)}." if constraints else "")
         states = Counter(t.state for t in self.trials)

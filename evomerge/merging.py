@@ -74,6 +74,9 @@ class _Plan:
             for group in recipe.groups
         }
         statistics = merger.statistics(recipe, self.method.statistics)
+        if self.method.needs_factors:
+            used = [any(g.weights[t] for g in recipe.groups) for t in range(len(recipe.experts))]
+            sources.require_factors(recipe.method, used)
         self.state = merger.state(recipe.method, self.method, list(self._groups.values()), statistics)
 
     def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:

@@ -39,6 +39,19 @@ class ConstraintSpec(Strict):
         return self
 
 
+class PenaltySpec(Strict):
+    """What the searcher is told less for large weights."""
+
+    model_config = ConfigDict(title="penalty")
+
+    l1: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="what is taken off for each unit of the weights' sizes, summed over the experts; an expert whose "
+        "weights differ between parts of the model counts with their mean size",
+    )
+
+
 def _one_or_more(value: Any) -> Any:
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
@@ -74,6 +87,10 @@ class ObjectiveSpec(Strict):
         default_factory=dict, description="task: its own expert, where the two have different names"
     )
     constraints: list[ConstraintSpec] = Field(default_factory=list, description="what no winner may miss")
+    penalty: PenaltySpec | None = Field(
+        default=None,
+        description="what the searcher is told less for large weights; finalists and winner are chosen by their scores",
+    )
 
     @field_serializer("of")
     def _written(self, of: list[str]) -> Any:

@@ -96,6 +96,24 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Penalty:
+    """A pull on the weights: ``l1`` for each unit of their sizes, summed over experts.
+
+    An expert whose weights differ between parts of the model counts with their mean size.
+    """
+
+    l1: float
+
+    def of(self, recipe: Mapping[str, Any]) -> float:
+        """What a candidate pays, from its recipe as plain data."""
+        groups = recipe["groups"]
+        return self.l1 * math.fsum(abs(w) for group in groups for w in group["weights"].values()) / len(groups)
+
+    def text(self) -> str:
+        return f"the searcher is told {self.l1:g} less for each unit of sum |weight|"
+
+
+@dataclass(frozen=True)
 class Judged:
     """What task scores are worth: the objectives' ``values``, their mean ``score``, and the constraints' margins."""
 
@@ -131,6 +149,7 @@ class Objective:
     bounds: tuple[Bound, ...] = ()
     normalizers: Mapping[str, str] = field(default_factory=dict)  # task -> subject that its score is relative to
     references: Mapping[str, Scores] | None = None  # subject -> its scores on search; None: not evaluated yet
+    penalty: Penalty | None = None  # on what the searcher is told, and on nothing else
 
     @classmethod
     def of_spec(cls, spec: ObjectiveSpec, weights: Mapping[str, float], experts: Iterable[str]) -> Objective:
@@ -149,7 +168,9 @@ class Objective:
             for task in spec.tasks_in(c.task, tasks)
         ]
         normalized = {t for term in terms for t in term.weights} if spec.normalize == "expert" else set()
-        return cls(tuple(terms), tuple(bounds), {t: f"{EXPERT}{spec.own_expert(t)}" for t in tasks if t in normalized})
+        normalizers = {t: f"{EXPERT}{spec.own_expert(t)}" for t in tasks if t in normalized}
+        penalty = None if spec.penalty is None else Penalty(spec.penalty.l1)
+        return cls(tuple(terms), tuple(bounds), normalizers, penalty=penalty)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], tasks: Iterable[str] = ()) -> Objective:
@@ -214,6 +235,11 @@ class Objective:
     def plain(self) -> bool:
         """One objective without constraints: its score says everything."""
         return not (self.several or self.bounds)
+
+    @property
+    def word(self) -> bool:
+        """Does the name of the objective say all that there is to say of it?"""
+        return self.plain and not self.normalizers and self.penalty is None
 
     def linear(self, terms: Iterable[Term]) -> tuple[dict[str, float], float] | None:
         """(task -> factor, offset) by which the mean of ``terms`` follows from scores; None if one is a minimum."""
@@ -280,6 +306,8 @@ class Objective:
         if self.normalizers:
             own = (f"{t}: {s.removeprefix(EXPERT)}{self._value(s, t)}" for t, s in self.normalizers.items())
             what += f"; each task's score relative to its own expert's on search ({', '.join(own)})"
+        if self.penalty is not None:
+            what += f"; {self.penalty.text()}"
         return [what, *(bound.text() for bound in self.bounds)]
 
     def _value(self, subject: str, task: str) -> str:

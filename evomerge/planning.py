@@ -146,6 +146,9 @@ def build_plan(
     unplaced = Space.from_dict(spec.space, template=unhashed, **shape)
     make_searcher(spec, unplaced)
     require_statistics(unplaced, spec)
+    for method in unplaced.methods:
+        if find_method(method, spec.code_folder).method.needs_factors:
+            sources.require_factors(method)
 
     evaluator_file = resolve_evaluator(spec)
     context = EvaluatorContext(

@@ -87,7 +87,7 @@ def card_of(store: Store, subject: str) -> dict[str, Any]:
             }
             for split, e in scores.items()
         },
-        "objective": [] if objective.plain and not objective.normalizers else objective.text(),
+        "objective": [] if objective.word else objective.text(),
         "metrics": record["metrics"],
         "compute_dtype": record["worker"]["compute_dtype"],
         "libraries": record["libraries"],
@@ -101,17 +101,21 @@ def _judge(objective: Objective, evaluations: list[Evaluation], split: str) -> J
 def show_trial(store: Store, name: str) -> str:
     """One trial in full: state, scores by split, timing, attempts, failure with its traceback, recipe."""
     subject, recipe = resolve_subject(store, name)
+    objective = Objective.of_record(store.record)
     lines = [subject]
     if subject.startswith("trial:"):
         trial = store.trials()[int(subject.removeprefix("trial:"))]
         lines.append(f"state     {trial.state}")
         if trial.failure:
             lines.append(f"failure   {trial.failure}")
+        if trial.score is not None and objective.penalty is not None:
+            paid = objective.penalty.of(trial.recipe)
+            lines.append(f"told      {trial.score - paid:.4f}: its objective on search less the penalty {paid:.4f}")
         lines += [
             "point",
             *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else _value(v)}" for k, v in trial.point.items()),
         ]
-    evaluations, objective = store.evaluations(), Objective.of_record(store.record)
+    evaluations = store.evaluations()
     for evaluation in evaluations:
         if evaluation.subject != subject:
             continue

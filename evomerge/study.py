@@ -208,8 +208,12 @@ class Study:
             self.told += 1
 
     def _told(self, n: int) -> Told:
-        trial = self.trials[n]
-        return Told(n, dict(trial.point), trial.state, trial.score, trial.values, trial.margins)  # type: ignore[arg-type]
+        """Trial n as the searcher hears of it: its objectives less the penalty on its weights, if there is one."""
+        trial, penalty = self.trials[n], self.objective.penalty
+        paid = 0.0 if penalty is None else penalty.of(trial.recipe)
+        score = None if trial.score is None else trial.score - paid
+        values = tuple(value - paid for value in trial.values)
+        return Told(n, dict(trial.point), trial.state, score, values, trial.margins)  # type: ignore[arg-type]
 
     # --- controls and finish ---------------------------------------------------------------------------------------
 

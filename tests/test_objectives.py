@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 
 from evomerge.errors import SpecError, StudyError
 from evomerge.objective_file import ObjectiveSpec, read_objective
-from evomerge.objectives import Objective, merit, violation
+from evomerge.objectives import Objective, Penalty, merit, violation
 from evomerge.searchers.base import Told
 from evomerge.validation import Strict, validate
 
@@ -237,6 +237,11 @@ def test_what_is_not_there_is_refused_by_key(keys, key, words):
         ({"constraints": [{"task": "add", "at_least": math.nan}]}, ["at_least", "finite"]),
         ({"constraints": [{"task": "add", "at_least": 0.5, "of": "expert0"}]}, ["of", "base, expert, best_expert"]),
         ({"constraints": {"task": "add", "at_least": 0.5}}, ["constraints", "list"]),
+        ({"penalty": 0.05}, ["objective.penalty"]),
+        ({"penalty": {}}, ["objective.penalty.l1", "missing"]),
+        ({"penalty": {"l1": 0}}, ["objective.penalty.l1", "l1 > 0.0 must hold"]),
+        ({"penalty": {"l1": math.inf}}, ["objective.penalty.l1", "finite"]),
+        ({"penalty": {"l2": 0.1}}, ["'l2'", "l1"]),
     ],
     ids=str,
 )
@@ -255,6 +260,21 @@ def test_a_reference_of_0_is_refused_before_the_search():
         objective(
             {**REFERENCES, "control:base": {"add": 0.2}}, constraints=[{"task": "all", "at_least": 1, "of": "base"}]
         )
+
+
+def test_penalty_is_the_l1_norm_of_the_weights():
+    """LoraHub, section 3.3: the loss + alpha sum |w_i|, alpha 0.05."""
+    penalty = Penalty(0.05)
+    assert penalty.of({"groups": [{"weights": {"a": 1.5, "b": -0.5, "c": 0.0}}]}) == pytest.approx(0.1)
+    # By parts: |a| is 1 and 0 in the two, |b| 0.5 and 0.5.
+    by_part = {"groups": [{"weights": {"a": 1.0, "b": -0.5}}, {"weights": {"a": 0.0, "b": 0.5}}]}
+    assert penalty.of(by_part) == pytest.approx(0.05 * (0.5 + 0.5))
+    made = objective(penalty={"l1": 0.05})
+    assert made.penalty == penalty
+    assert not made.word and objective().word
+    assert "0.05 less for each unit of sum |weight|" in made.text()[0]
+    scores = {"add": 0.5, "topic": 0.5}
+    assert made.judge(scores) == objective().judge(scores)  # scores are as they are
 
 
 def test_what_says_no_more_than_a_word_is_that_word():

@@ -615,6 +615,36 @@ def test_the_asynchronous_schedule_replays_its_own_log(write, monkeypatch):
     assert [t.state for t in store.trials()] == ["complete"] * BUDGET
 
 
+def test_the_searcher_is_told_the_score_less_the_penalty(write, monkeypatch):
+    """Also after a crash; and nobody else is: scores, finalists and winner are without it."""
+    from evomerge.searchers.cma import CMASearcher
+
+    told: dict[int, float | None] = {}
+    tell = CMASearcher.tell
+    monkeypatch.setattr(
+        CMASearcher, "tell", lambda self, trial: (told.update({trial.n: trial.score}), tell(self, trial))[1]
+    )
+    path = write(objective={"of": "mean", "penalty": {"l1": 5000}})
+    whole = run(path)
+    trials = whole.trials()
+    assert set(told) == {t.n for t in trials}
+    for t in trials:
+        groups = [list(group["weights"].values()) for group in t.recipe["groups"]]
+        sizes = [sum(abs(group[e]) for group in groups) / len(groups) for e in range(len(groups[0]))]
+        assert t.score is not None and told[t.n] == pytest.approx(t.score - 5000 * sum(sizes), rel=1e-12)
+        assert t.score == whole.evaluation(f"trial:{t.n}/search").objective
+    best = max(trials, key=lambda t: (t.merit, -t.n))
+    assert whole.evaluation(f"trial:{best.n}/select")
+    assert f"told      {told[0]:.4f}: its objective on search less the penalty" in show_trial(whole, "0")
+    assert any("5000 less for each unit" in note for note in leaderboard(whole).notes)
+
+    first = dict(told)
+    told.clear()
+    run(path, budget="+4")  # the replay tells the same
+    assert {n: told[n] for n in first} == first
+    assert trajectory(whole)[:BUDGET] != trajectory(run(write(folder="plain")))
+
+
 def test_identical_recipes_are_evaluated_once(write):
     """Task arithmetic at its best lambda is one of the sweep, and random proposals may repeat."""
     pool = ShuffledPool()

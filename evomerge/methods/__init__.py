@@ -23,6 +23,7 @@ from evomerge.methods.della import Della, DellaLinear
 from evomerge.methods.depth import Lines
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.knots import Knots
+from evomerge.methods.lorahub import LoraHub
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
@@ -60,13 +61,16 @@ _ALL: tuple[Method, ...] = (
     IsoCTS(),
     WUDI(),
     Knots(),
+    LoraHub(),
     RandomVectors(),
     Fisher(),
     RegMean(),
     LmCocktail(),
 )
 # What LiNeS can scale: the merged task vector of any method that adds one to a base.
-_ALL += (Lines({m.name: m for m in _ALL if m.needs_base and m.keeps_base and m.statistics is None}),)
+_ALL += (
+    Lines({m.name: m for m in _ALL if m.needs_base and m.keeps_base and m.statistics is None and not m.needs_factors}),
+)
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 

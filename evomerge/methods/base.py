@@ -15,6 +15,7 @@ from torch import Tensor
 from evomerge.errors import MethodError, nearest
 from evomerge.params import Param
 
+ANY_EXPERTS = "Use task_arithmetic or knots, which take any experts."
 ANY_WEIGHT = Param(float, 1.0, "what multiplies this expert's task vector; any sign, 0 leaves the expert out")
 
 
@@ -70,6 +71,7 @@ class Method(ABC):
         num_experts: how many experts it takes, as (fewest, most or None).
         factors: takes LoRA experts as LowRank; the others receive them dense. Its slices of a tensor that has such
             experts are whole rows.
+        needs_factors: takes LoRA experts only, all of one rank in a tensor: it is about the factors, not their product.
         chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set), where ``chunked_with``
             agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
@@ -85,6 +87,7 @@ class Method(ABC):
     needs_base: bool = True
     num_experts: tuple[int, int | None] = (1, None)
     factors: bool = False
+    needs_factors: bool = False
     chunked: bool = True
     keeps_base: bool = True
     statistics: str | None = None
@@ -121,6 +124,26 @@ class Method(ABC):
         """c with merged = theta_0 + sum c_t tau_t for these weights and all the parameters; None if there is none.
 
         What such a merge makes of LoRA adapters is a LoRA adapter.
+        """
+        return None
+
+    def merged_factors(
+        self,
+        experts: Sequence[Any],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        seed: int,
+        **params: Any,
+    ) -> LowRank | None:
+        """The merged task vector of LoRA experts as factors; None where there is none, or no way to have it so.
+
+        For methods without ``task_coefficients`` whose merge of LoRA adapters is a LoRA adapter all the same.
+
+        Args:
+            experts: LowRank; one that leaves the tensor alone is the base object, or None.
+            params: all of the method's parameters.
         """
         return None
 
@@ -177,6 +200,8 @@ class Method(ABC):
                 f"method {self.name} got a slice of {info.name}, but needs the whole tensor with these parameters",
                 remedy="Hand over the whole tensor, or the state that prepare gives for it.",
             )
+        if self.needs_factors:
+            check_factors(self.name, experts, weights, info.name, base)
         tensors = [t for e in (base, *experts) for t in ((e.B, e.A) if isinstance(e, LowRank) else (e,))]
         dtype = arithmetic_dtype(base, *(e for e in experts if isinstance(e, Tensor)))
         versions = [_version(tensor) for tensor in tensors]
@@ -248,6 +273,18 @@ def check_weights(method: Method, weights: Sequence[float], num_experts: int) ->
             f"method {method.name} takes one weight an expert, but {num_experts} experts have {len(weights)} weights"
         )
     return [method.weight.check(f"weights[{t}]", w, f"method {method.name}") for t, w in enumerate(weights)]
+
+
+def check_factors(
+    name: str, experts: Sequence[Any], weights: Sequence[float], tensor: str, base: Tensor | None
+) -> None:
+    """MethodError if an expert with a weight has a tensor that is neither low-rank nor the very base."""
+    for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        if weight != 0 and expert is not base and not isinstance(expert, LowRank):
+            raise MethodError(
+                f"method {name} works on the factors of LoRA experts, but {tensor} of expert {t} has none",
+                remedy=ANY_EXPERTS,
+            )
 
 
 def is_slice(info: TensorInfo, tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from evomerge import installed
 from evomerge.errors import MethodError, nearest
 from evomerge.methods import METHODS
-from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
+from evomerge.methods.base import LowRank, Method, TensorInfo, check_experts, check_params, check_weights
 from evomerge.methods.statistics import example_statistics, how_to_collect
 from evomerge.params import Param
 from evomerge.plugins import (
@@ -230,6 +230,8 @@ def check_method(method: Any) -> None:
     count = max(fewest, 2 if most is None else min(2, most))
     generator = torch.Generator().manual_seed(0)
     base, *experts = (torch.randn(6, 4, generator=generator) for _ in range(count + 1))
+    if method.needs_factors:
+        experts = [LowRank(expert[:, :2], expert[:2], 1.0) for expert in experts]
     info, params = TensorInfo("probe.weight", shape=(6, 4)), check_params(method.name, method, {})
     statistics = example_statistics(method.statistics, {info.name: info.shape}, count)
     state = method.prepare([(info, base, experts)], statistics, **params)

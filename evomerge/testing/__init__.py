@@ -6,5 +6,5 @@ if "pytest" in sys.modules:  # so that a suite that fails shows the values, wher
     import pytest
 
     pytest.register_assert_rewrite(
-        *(f"{__name__}.{suite}" for suite in ("methods", "searchers", "evaluators", "pools"))
+        *(f"{__name__}.{suite}" for suite in ("methods", "factors", "searchers", "evaluators", "pools"))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evomerge.methods import METHODS
+from evomerge.testing.factors import FactorsContract
 from evomerge.testing.methods import MethodContract
 
 
@@ -172,6 +173,11 @@ class TestKnots(MethodContract):
     )
 
 
+class TestLoraHub(FactorsContract):
+    method = METHODS["lorahub"]
+    settings = ({"root": True}, {"scale": 0.5})
+
+
 class TestRandomVectors(MethodContract):
     method = METHODS["random_vectors"]
     settings = ({"scale": 0.5},)
@@ -208,5 +214,9 @@ class TestLines(MethodContract):
 
 
 def test_every_method_is_under_the_contract() -> None:
-    held = {suite.method.name for suite in MethodContract.__subclasses__() if suite.__module__ == __name__}
+    held = {
+        suite.method.name
+        for suite in (*MethodContract.__subclasses__(), *FactorsContract.__subclasses__())
+        if suite.__module__ == __name__
+    }
     assert held == set(METHODS)
