@@ -118,6 +118,12 @@ def adapter_modules(recipe: Recipe, sources: Sources) -> list[Module]:
             "an adapter belongs to a base that others have, but the recipe's base is a stage",
             remedy="Export the stage as a checkpoint first, and give that folder as the base.",
         )
+    if sources.alignment is not None:
+        raise CheckpointError(
+            f"an adapter has its base's vocabulary, and the merge has another ({sources.alignment.summary})",
+            where="recipe: tokenizer",
+            remedy=DENSE,
+        )
     modules = []
     for name in sources.names:
         if not sources.touched(name):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.checkpoints import Checkpoint, map_tensor, tensor_kind, ties_embeddings
+from evomerge.checkpoints import HEADS, OTHER_TOKENS, Checkpoint, map_tensor, tensor_kind, ties_embeddings
 from evomerge.errors import CheckpointError
 from evomerge.folders import inside, read_json, refuse_pickles, some, tokenizer_files
 from evomerge.methods.base import LowRank
@@ -92,6 +92,10 @@ class Adapter:
         key = self._full.get(name)
         return None if key is None else self._tensor(key)
 
+    def rows(self, name: str) -> Any:
+        """``full``, or the rows that it is gathered from where it is read."""
+        return self.full(name)
+
     def _tensor(self, key: str) -> Tensor:
         return map_tensor(self._storages, self._file, self._header[key])
 
@@ -125,8 +129,11 @@ def _weights(folder: Path) -> Path:
     return inside(folder / WEIGHTS)
 
 
-def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
-    """Open a PEFT adapter as an expert of ``base``; reads its config and header only.
+def open_adapter(folder: Path, base: Checkpoint, vocabulary: Collection[str] = ()) -> Adapter:
+    """Open a PEFT adapter as an expert of ``base``; reads its config and header, and compares copies of embeddings.
+
+    Args:
+        vocabulary: the tensors that may have another number of rows than the base's, since tokens were added.
 
     Raises CheckpointError, by name, for anything but plain LoRA, and for an adapter that does not fit the base.
     """
@@ -137,6 +144,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
     adapter = Adapter(folder, config, file, header)
     targets = _Targets(folder, base)
     modules: dict[str, Factors] = {}
+    tied = ties_embeddings(base.path, base.config, dict.fromkeys(base.names))
+    heads: list[str] = []
     for key, entry in header.items():
         if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{file}: {key} is {entry.dtype}, not a floating-point tensor")
@@ -145,21 +154,44 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
         if match is not None:
             found = modules.setdefault(match["module"], Factors(match["module"], bool(match["embedding"])))
             found.keys[match["factor"]] = key
+        elif _is_copy(adapter, plain, key):
+            continue
         elif re.search(r"\.(lora_|modules_to_save\.|original_module\.)", plain):
             raise CheckpointError(f"{file}: {key} is not part of a plain LoRA adapter", remedy=MERGE_FIRST)
+        elif tied and plain.endswith(HEADS):
+            heads.append(key)
         else:
             name = targets.checkpoint_name(plain.replace(".base_layer.", "."))
-            if entry.shape != base.shape(name):
-                raise _misfit(file, key, f"has the shape {entry.shape}, but {name} in the base has {base.shape(name)}")
+            skipped = 1 if name in vocabulary else 0
+            if entry.shape[skipped:] != base.shape(name)[skipped:]:
+                what = f"has the shape {entry.shape}, but {name} in the base has {base.shape(name)}"
+                misfit = _misfit(file, key, what)
+                if tensor_kind(name)[0] in ("embedding", "head"):
+                    misfit = CheckpointError(misfit.problem, remedy=f"{misfit.remedy} {OTHER_TOKENS}")
+                raise misfit
             adapter._full[name] = key
     if not modules and not adapter._full:
         raise CheckpointError(f"{file} holds no tensors", remedy="Save the adapter again with PEFT.")
     for module, found in modules.items():
         name = targets.checkpoint_name(f"{module}.weight")
-        _fit(adapter, module, found, name, base.shape(name))
+        whole = adapter._full.get(name)
+        _fit(adapter, module, found, name, base.shape(name) if whole is None else header[whole].shape)
         adapter._factors[name] = found
-    _refuse_untying(adapter, base)
+    if tied:
+        _refuse_untying(adapter, base, heads)
     return adapter
+
+
+def _is_copy(adapter: Adapter, plain: str, key: str) -> bool:
+    """Is this a second copy of a tensor, as PEFT writes it beside an embedding that it saves because it was resized?
+
+    ``X.modules_to_save.weight`` then equals ``X.weight``; ``X.original_module.weight`` is what was before training.
+    """
+    for part in (".modules_to_save.", ".original_module."):
+        twin = PREFIX + plain.replace(part, ".")
+        if part in plain and twin in adapter._header:
+            return part == ".original_module." or torch.equal(adapter._tensor(key), adapter._tensor(twin))
+    return False
 
 
 MERGE_FIRST = "Merge it into the base with PEFT's merge_and_unload, and give the result as a dense expert."
@@ -254,20 +286,31 @@ def _misfit(file: Path, key: str, what: str) -> CheckpointError:
     )
 
 
-def _refuse_untying(adapter: Adapter, base: Checkpoint) -> None:
-    """PEFT trains a copy of a tied embedding, so that input and output part; a tied base cannot hold both."""
-    if not ties_embeddings(base.path, base.config, dict.fromkeys(base.names)):
-        return
+def _refuse_untying(adapter: Adapter, base: Checkpoint, heads: list[str]) -> None:
+    """PEFT trains a copy of a tied embedding, so that input and output part; a tied base cannot hold both.
+
+    Args:
+        heads: keys of output heads. Where they equal the embedding beside them, the two were trained as one.
+    """
+    full = {name: adapter._tensor(key) for name, key in adapter._full.items() if tensor_kind(name)[0] == "embedding"}
+    for key in heads:
+        if not any(torch.equal(adapter._tensor(key), tensor) for tensor in full.values()):
+            raise _untied(adapter, key.removeprefix(PREFIX))
     tied = [name for name in adapter.names if tensor_kind(name)[0] in ("embedding", "head")]
     # save_embedding_layers puts an unchanged copy of the embedding into the file: no change.
-    changed = [name for name in tied if name in adapter._factors or not same_as_base(adapter, base, name)]
+    copies = [name for name in tied if name not in adapter._factors and same_as_base(adapter, base, name)]
+    changed = [name for name in tied if name not in copies and (name in adapter._factors or not heads)]
     if changed:
-        raise CheckpointError(
-            f"{adapter.path} changes {some(changed)}, which the base ties to its output head; the adapter unties them",
-            remedy="Untie the base (tie_word_embeddings: false, both tensors in its files), or train without them.",
-        )
-    for name in tied:
+        raise _untied(adapter, some(changed))
+    for name in copies:
         del adapter._full[name]
+
+
+def _untied(adapter: Adapter, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{adapter.path} changes {what}, which the base ties to its output head; the adapter unties them",
+        remedy="Untie the base (tie_word_embeddings: false, both tensors in its files), or train without them.",
+    )
 
 
 def same_as_base(adapter: Adapter, base: Checkpoint, name: str) -> bool:

@@ -6,7 +6,7 @@ Names are checkpoint names: what the safetensors files hold, not what the module
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from evomerge.alignment import Rows
 from evomerge.errors import CheckpointError
 from evomerge.folders import find_folder, inside, optional_files, read_json, refuse_pickles, some, tokenizer_files
 from evomerge.hashing import cache_folder, content_hash
@@ -25,6 +26,8 @@ from evomerge.vocabulary import check_tokenizers
 
 if TYPE_CHECKING:
     from evomerge.adapters import Adapter
+    from evomerge.aligned import Alignment
+    from evomerge.vocabulary import Vocabulary
 
 __all__ = [
     "Checkpoint", "Sources", "cache_folder", "check_tokenizers", "content_hash", "open_checkpoint", "open_expert",
@@ -69,7 +72,10 @@ class Checkpoint:
         path: the folder.
         config: its config.json.
         names: checkpoint names in the order of the files.
+        vocabulary: what its tokens are, where that is not what its tokenizer's files say; None: they say it.
     """
+
+    vocabulary: Vocabulary | None = None
 
     def __init__(self, path: Path, config: dict[str, Any], places: dict[str, tuple[Path, Entry]], extra: list[Path]):
         self.path, self.config = path, config
@@ -94,6 +100,10 @@ class Checkpoint:
         """The tensor on the CPU in its storage dtype: pages of the file, mapped privately. Never write into it."""
         path, entry = self._places[name]
         return map_tensor(self._storages, path, entry)
+
+    def rows(self, name: str) -> Tensor | Rows:
+        """The tensor, or the rows that it is gathered from where it is read."""
+        return self.tensor(name)
 
     @cached_property
     def num_layers(self) -> int:
@@ -121,7 +131,7 @@ class Unbuilt(Checkpoint):
 
     def __init__(self, model: Checkpoint, dtype: torch.dtype):
         super().__init__(model.path, model.config, model._places, model._extra)
-        self._dtype = dtype
+        self._dtype, self.vocabulary = dtype, model.vocabulary
 
     def dtype(self, name: str) -> torch.dtype:
         stored = super().dtype(name)
@@ -180,8 +190,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, places, extra)
 
 
-def open_expert(path: str | Path, base: Checkpoint) -> Checkpoint | Adapter:
+def open_expert(path: str | Path, base: Checkpoint, vocabulary: Collection[str] = ()) -> Checkpoint | Adapter:
     """Open a fine-tuned checkpoint of ``base``: a dense folder or a PEFT LoRA adapter. Reads no tensor data.
+
+    Args:
+        vocabulary: the tensors that may have another number of rows than the base's, since tokens were added.
 
     Raises CheckpointError for what ``open_checkpoint`` refuses, and, by name, for another architecture or vocabulary,
     a tensor that is missing, extra or of another shape, and adapters that are not plain LoRA on this base.
@@ -190,19 +203,26 @@ def open_expert(path: str | Path, base: Checkpoint) -> Checkpoint | Adapter:
     if (folder / "adapter_config.json").exists():
         from evomerge.adapters import open_adapter
 
-        return open_adapter(folder, base)
+        return open_adapter(folder, base, vocabulary)
     expert = open_checkpoint(folder)
-    check_family(expert, base)
+    check_family(expert, base, vocabulary)
     return expert
 
 
-def check_family(expert: Checkpoint, base: Checkpoint) -> None:
-    """CheckpointError, naming the tensor, if ``expert`` cannot have been fine-tuned from ``base``."""
+def check_family(expert: Checkpoint, base: Checkpoint, vocabulary: Collection[str] = ()) -> None:
+    """CheckpointError, naming the tensor, if ``expert`` cannot have been fine-tuned from ``base``.
+
+    Args:
+        vocabulary: the tensors that may have another number of rows.
+    """
     remedy = f"Experts must be fine-tuned from {base.path}."
     for key, what in (("model_type", "architecture"), ("vocab_size", "vocabulary size")):
+        if key == "vocab_size" and vocabulary:
+            continue
         mine, its = (text_config(c.config).get(key, c.config.get(key)) for c in (expert, base))
         if mine != its:
-            raise CheckpointError(f"{expert.path} has the {what} {mine}, but the base has {its}", remedy=remedy)
+            more = f" {OTHER_TOKENS}" if key == "vocab_size" else ""
+            raise CheckpointError(f"{expert.path} has the {what} {mine}, but the base has {its}", remedy=remedy + more)
     missing = [name for name in base.names if name not in expert and not COMPUTED.search(name)]
     if missing:
         raise CheckpointError(f"{expert.path} lacks the tensor {some(missing)}, which the base has", remedy=remedy)
@@ -210,7 +230,8 @@ def check_family(expert: Checkpoint, base: Checkpoint) -> None:
     if extra:
         raise CheckpointError(f"{expert.path} has the tensor {some(extra)}, which the base lacks", remedy=remedy)
     for name in base.names:
-        if name in expert and expert.shape(name) != base.shape(name):
+        skipped = 1 if name in vocabulary else 0
+        if name in expert and expert.shape(name)[skipped:] != base.shape(name)[skipped:]:
             raise CheckpointError(
                 f"{expert.path}: tensor {name} has the shape {expert.shape(name)}, in the base {base.shape(name)}",
                 remedy=remedy,
@@ -220,6 +241,9 @@ def check_family(expert: Checkpoint, base: Checkpoint) -> None:
                 f"{expert.path}: tensor {name} is {expert.dtype(name)}, but the base's is {base.dtype(name)}",
                 remedy=remedy,
             )
+
+
+OTHER_TOKENS = "If it added tokens, say so in the recipe or experiment: tokenizer: {source: union}."
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -318,10 +342,16 @@ class Sources:
     Attributes:
         kept: copies of dense tensors, by expert (-1 for the base) and name, that merges read instead of the files: see
             ``evomerge.keeping``.
+        alignment: how they were brought to one vocabulary; None if they have the base's (``evomerge.aligned``).
     """
 
-    def __init__(self, base: Checkpoint | None, experts: Sequence[Checkpoint | Adapter]):
-        self.base, self.experts = base, list(experts)
+    def __init__(
+        self,
+        base: Checkpoint | None,
+        experts: Sequence[Checkpoint | Adapter],
+        alignment: Alignment | None = None,
+    ):
+        self.base, self.experts, self.alignment = base, list(experts), alignment
         self.kept: dict[tuple[int, str], Tensor] = {}
         reference = base if base is not None else self.experts[0]
         if not isinstance(reference, Checkpoint):
@@ -411,9 +441,9 @@ class Sources:
             device: where the slices are wanted.
             skip: the experts to leave at the base, if there is one.
         """
-        base = None if self.base is None else View(self.base.tensor(name), kept=self.kept.get((-1, name)))
+        base = None if self.base is None else View(self.base.rows(name), kept=self.kept.get((-1, name)))
         views = [
-            self._view(expert, name, base and base.full, self.kept.get((t, name)))
+            self._view(expert, name, base and base.full, self.kept.get((t, name)), gather=True)
             for t, expert in enumerate(self.experts)
         ]
         dtype = arithmetic_dtype(base and base.full, *(view.full for view in views))
@@ -432,14 +462,17 @@ class Sources:
             yield replace(info, start=start), piece, experts
 
     @staticmethod
-    def _view(expert: Checkpoint | Adapter, name: str, base: Tensor | None, kept: Tensor | None = None) -> View:
+    def _view(
+        expert: Checkpoint | Adapter, name: str, base: Any, kept: Tensor | None = None, *, gather: bool = False
+    ) -> View:
+        """``gather``: rows of another vocabulary are gathered slice by slice, not all at once."""
         if isinstance(expert, Checkpoint):
             if name in expert or base is None:
-                return View(expert.tensor(name), kept=kept)
+                return View(expert.rows(name) if gather else expert.tensor(name), kept=kept)
             return View(base)  # a computed buffer that this expert's file leaves out
         if base is None:
             raise CheckpointError(f"{expert.path} is an adapter and cannot be used without its base")
-        full = expert.full(name)
+        full = expert.rows(name) if gather else expert.full(name)
         return View(base if full is None else full, expert.low_rank(name), kept=kept)
 
     def __iter__(self) -> Iterator[tuple[TensorInfo, Tensor | None, list[Any]]]:
@@ -477,12 +510,13 @@ class _Scratch:
 class View:
     """One expert's tensor: ``full``, plus scaling B A if it is low-rank. ``kept``: a copy to read ``full`` from."""
 
-    def __init__(self, full: Tensor, low_rank: LowRank | None = None, *, kept: Tensor | None = None):
+    def __init__(self, full: Any, low_rank: LowRank | None = None, *, kept: Tensor | None = None):
         self.full, self.low_rank = full, low_rank
-        self._flat = (full if kept is None else kept).reshape(-1)
+        whole = full if kept is None else kept
+        self._flat = whole if isinstance(whole, Rows) else whole.reshape(-1)
         self._factors: tuple[Tensor, Tensor] | None = None
 
-    def is_plain(self, base: Tensor | None) -> bool:
+    def is_plain(self, base: Any) -> bool:
         """True if this is nothing but ``base``."""
         return self.full is base and self.low_rank is None
 
@@ -493,7 +527,9 @@ class View:
         for the rows that they lie in, in ``dtype``, and never rounded further.
         """
         if self.low_rank is None:
-            part = self._flat[start:stop].to(scratch.device, non_blocking=True)  # narrow first, then cast: less to move
+            flat = self._flat
+            part = flat.flat(start, stop) if isinstance(flat, Rows) else flat[start:stop]
+            part = part.to(scratch.device, non_blocking=True)  # narrow first, then cast: less to move
             return part if part.dtype == dtype else scratch.take(stop - start).copy_(part)
         if self._factors is None:
             # Copies, because a product's last bits may depend on the alignment of what it reads.
@@ -502,6 +538,7 @@ class View:
         columns = A.shape[1]
         first, last = start // columns, -(-stop // columns)
         flat = scratch.take((last - first) * columns)
-        rows = flat.view(last - first, columns).copy_(self.full[first:last])
+        rows = flat.view(last - first, columns)
+        rows.copy_(self.full.take(first, last) if isinstance(self.full, Rows) else self.full[first:last])
         rows.addmm_(B[first:last], A, alpha=self.low_rank.scaling)
         return flat[start - first * columns : stop - first * columns]

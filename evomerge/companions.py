@@ -80,7 +80,7 @@ def choose(tokenizer: str | None, chat_template: str | None, recipe: Recipe, sou
     """The companions that ``base``, ``expert:NAME``, a folder, an id, or (for templates) a .jinja file stand for.
 
     Args:
-        tokenizer: None is ``base``.
+        tokenizer: None is the merge's: ``base``, unless the recipe's ``tokenizer`` says otherwise.
         chat_template: None: those that come with the tokenizer.
 
     Raises SpecError for what cannot be found or is no template, CheckpointError for a tokenizer that numbers tokens
@@ -88,7 +88,8 @@ def choose(tokenizer: str | None, chat_template: str | None, recipe: Recipe, sou
     """
     base = sources.reference
     chosen, folder = None, None
-    if tokenizer not in (None, "base"):
+    aligned = sources.alignment is not None
+    if tokenizer is not None and (aligned or tokenizer != "base"):
         chosen, folder = _named("--tokenizer", tokenizer, recipe, sources)
         check_tokenizer(folder, base)
     if chat_template is None:
@@ -108,7 +109,7 @@ def choose(tokenizer: str | None, chat_template: str | None, recipe: Recipe, sou
             )
     for name, text in templates.items():
         _check_template(f"{label}: template {name}", text)
-    return Companions(chosen, folder or base.path, label, templates)
+    return Companions(chosen, folder or (None if aligned else base.path), label, templates)
 
 
 def chat_templates(folder: Path) -> dict[str, str]:

@@ -78,11 +78,19 @@ def write_checkpoint(
     """
     hashes = merger.stream(recipe, folder, shard_size=shard_size, progress=progress, durable=durable)
     base = merger.sources.reference
-    companions.write(folder, default=base.path)
+    alignment = merger.sources.alignment
+    if alignment is None:
+        companions.write(folder, default=base.path)
+    else:
+        with alignment.written(base.path) as tokenizer:
+            companions.write(folder, default=tokenizer)
     config = _config(base.config, recipe.export_dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for file in optional_files(base.path, ("generation_config.json",)):
         shutil.copyfile(file, folder / file.name)
+    if alignment is not None and alignment.generation is not None:
+        text = json.dumps(alignment.generation, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     text = model_card(recipe, base.config, {**(card or {}), **companions.facts()})
     (folder / CARD_FILE).write_text(text, encoding="utf-8")

@@ -267,7 +267,7 @@ def _refuse_other_search(plan: Plan, url: str) -> None:
         return
     stored = Store.open(url, name).record["fingerprint"]
     methods = sorted(key for key in {*stored, *plan.fingerprint} if key.startswith("method "))
-    keys = ("space", "search", "seed", "objective", *methods)
+    keys = ("space", "search", "seed", "objective", "tokenizer", *methods)
     other = [key for key in keys if stored.get(key) != plan.fingerprint.get(key)]
     if other:
         raise StudyError(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.aligned import Alignment, align, vocabulary_names
 from evomerge.checkpoints import (
     INDEX,
     WEIGHTS,
@@ -336,23 +337,33 @@ def open_sources(recipe: Recipe) -> Sources:
         with _naming(recipe.base, "base"):
             base = open_source(recipe.base)
     experts: list[Any] = []
+    tensors: frozenset[str] | None = None
     for source in recipe.experts:
         with _naming(source, "expert"):
             first = base if base is not None else (experts[0] if experts else None)
-            expert = open_source(source, first)
-            if first is not None:
+            if first is not None and recipe.tokenizer is not None and tensors is None:
+                tensors = vocabulary_names(first)
+            expert = open_source(source, first, tensors or ())
+            if first is not None and recipe.tokenizer is None:
                 check_tokenizers(first, [expert])
             experts.append(expert)
-    return Sources(base, experts)
+    if recipe.tokenizer is None:
+        return Sources(base, experts)
+    names = [source.name for source in recipe.experts]
+    return align(base, experts, names, recipe.tokenizer, tensors or vocabulary_names(experts[0]))
 
 
-def open_source(source: Source, base: Any = None) -> Any:
-    """One source, a fine-tuned one of ``base`` if that is given; raises CheckpointError."""
+def open_source(source: Source, base: Any = None, vocabulary: Collection[str] = ()) -> Any:
+    """One source, a fine-tuned one of ``base`` if that is given; raises CheckpointError.
+
+    Args:
+        vocabulary: the tensors that may have another number of rows than the base's.
+    """
     if source.recipe is None or source.path:
-        return open_checkpoint(source.path) if base is None else open_expert(source.path, base)
+        return open_checkpoint(source.path) if base is None else open_expert(source.path, base, vocabulary)
     stage = Unbuilt(open_sources(source.recipe).reference, torch_dtype(source.recipe.export_dtype))
     if base is not None:
-        check_family(stage, base)
+        check_family(stage, base, vocabulary)
     return stage
 
 
@@ -422,7 +433,13 @@ def _naming(source: Source, role: str) -> Iterator[None]:
 
 
 def load_resident(
-    base_path: str | Path, *, auto_class: str, compute_dtype: str, device: str = "cpu", unused: Sequence[str] = ()
+    base_path: str | Path,
+    *,
+    auto_class: str,
+    compute_dtype: str,
+    device: str = "cpu",
+    unused: Sequence[str] = (),
+    alignment: Alignment | None = None,
 ) -> Any:
     """The base as a transformers model to merge into: in evaluation mode, without gradients, in ``compute_dtype``.
 
@@ -431,6 +448,8 @@ def load_resident(
         auto_class: a transformers class such as ``AutoModelForCausalLM``.
         compute_dtype: ``float32``, ``bfloat16``, ...
         unused: beginnings of the names of parameters that nobody looks at, so that the folder may lack them.
+        alignment: the vocabulary of what will be merged into it. Embeddings of another size than the base's hold
+            nothing until then.
 
     Raises EvaluatorError for an unknown class, CheckpointError if the folder lacks a tensor that the class needs (it
     would be filled at random) or cannot be loaded, ResourceError if parts of the model are offloaded.
@@ -444,6 +463,9 @@ def load_resident(
     folder = find_folder(base_path)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    other: dict[str, Any] = {}
+    if alignment is not None:
+        other = {"config": alignment.model_config(), "ignore_mismatched_sizes": True}
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -452,6 +474,7 @@ def load_resident(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **other,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -467,4 +490,6 @@ def load_resident(
             remedy="Let the evaluator name a class (auto_class) that the base has all tensors for.",
         )
     refuse_offloaded(model)
+    if alignment is not None and alignment.generation is not None and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(alignment.generation))
     return model.to(device).eval().requires_grad_(False)

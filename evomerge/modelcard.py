@@ -71,6 +71,8 @@ def _card(
     if card.get("scores"):
         parts.append(_scores(card))
     facts = [f"Computed in {card['compute_dtype']}."] if card.get("compute_dtype") else []
+    if recipe.tokenizer is not None:
+        facts.append(f"Vocabulary: {_cell(str(recipe.tokenizer.source))}, as the recipe's `tokenizer` says.")
     for key in ("tokenizer", "chat_template"):
         if card.get(key):
             scored = " The scores were taken with the base's." if card.get("scores") else ""

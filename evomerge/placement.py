@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.errors import ResourceError
+from evomerge.errors import CheckpointError, ResourceError
 from evomerge.folders import some
 
 
@@ -188,19 +188,59 @@ def _holds(group: Conversion, shapes: Mapping[str, tuple[int, ...]], model: Any)
 
 
 def parameter_names(base: Checkpoint) -> dict[str, str]:
-    """Module parameter name -> checkpoint name, for all parameters that are one whole checkpoint tensor.
-
-    The model is built from its config without memory or weights; the class is the one its config names.
-    """
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-    architecture = next(iter(base.config.get("architectures") or []), "")
-    model_class: Any = getattr(transformers, architecture, None)
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
+    """Module parameter name -> checkpoint name, for all parameters that are one whole checkpoint tensor."""
+    model = _without_memory(base, _config(base))
     shapes = {name: base.shape(name) for name in base.names}
     state = model.state_dict()
     return {
         target: name for name, target, _, converter in _targets(model, shapes) if converter is None and target in state
     }
+
+
+def vocabulary_axes(base: Checkpoint) -> dict[str, int]:
+    """Checkpoint name -> the axis that token ids run along, for the tensors that have one: embeddings, heads, biases.
+
+    They are those whose shape changes with the configuration's vocab_size. Raises CheckpointError if a model keeps
+    tokens in another way.
+    """
+    config = _config(base)
+    larger = copy.deepcopy(config)
+    text = larger.get_text_config()
+    if getattr(text, "vocab_size_per_layer_input", None) is not None or not isinstance(
+        getattr(text, "vocab_size", None), int
+    ):
+        raise CheckpointError(
+            f"{base.path}: a {config.model_type} model's tensors for tokens are not found by vocab_size alone",
+            remedy="Leave tokenizer out: such models merge with the base's vocabulary only.",
+        )
+    text.vocab_size += 64
+    model = _without_memory(base, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _without_memory(base, larger).state_dict().items()}
+    axes: dict[str, int] = {}
+    for target, tensor in model.state_dict().items():
+        grown = [axis for axis, (a, b) in enumerate(zip(tensor.shape, shapes[target], strict=True)) if a != b]
+        if grown:
+            axes[target] = grown[0]
+    found: dict[str, int] = {}
+    for name, target, _, converter in _targets(model, {name: base.shape(name) for name in base.names}):
+        if target in axes and converter is not None:
+            raise CheckpointError(f"{base.path}: {name} is put together from parts, which cannot be matched by token")
+        if target in axes:
+            found[name] = axes[target]
+    return found
+
+
+def _config(base: Checkpoint) -> Any:
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+
+
+def _without_memory(base: Checkpoint, config: Any) -> Any:
+    """A model of the class that the base's config names, built from ``config`` without memory or weights."""
+    import transformers
+
+    architecture = next(iter(base.config.get("architectures") or []), "")
+    model_class: Any = getattr(transformers, architecture, None)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config) if model_class is None else model_class(config)

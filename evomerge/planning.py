@@ -133,6 +133,7 @@ def build_plan(
             groups=(Group(weights=(0.0,) * len(spec.experts)),),
             seed=spec.seed,
             export_dtype=spec.export_dtype,
+            tokenizer=spec.tokenizer,
         )
     )
     sources = open_sources(unhashed)
@@ -189,6 +190,7 @@ def build_plan(
         gpus=spec.workers.gpus,
         count=count,
         scratch=scratch,
+        tokenizer=spec.tokenizer and spec.tokenizer.short(),
         codes={name: code.to_dict() for name, code in space.codes.items()},
     )
     plan_parts = _fingerprint(spec, template, space, evaluator, items, worker)
@@ -399,6 +401,8 @@ def _fingerprint(
         parts[f"items in {split}"] = _digest([i.id for i in items if i.split == split])
     for name, task in evaluator.context.tasks.items():
         parts[f"task {name}"] = json.dumps(_task_dict(task), sort_keys=True, default=str)
+    if spec.tokenizer is not None:
+        parts["tokenizer"] = json.dumps(spec.tokenizer.short(), sort_keys=True)
     parts["objective"] = json.dumps(spec.objective.short(), sort_keys=True)
     parts["evaluate options"] = json.dumps(spec.evaluate.options, sort_keys=True, default=str)
     parts["seed"] = str(spec.seed)

@@ -51,6 +51,7 @@ class WorkerSpec:
     gpus: float = 0.0  # the share of a GPU that is this worker's
     count: int = 1  # how many workers may share its machine
     scratch: str = ""  # where an evaluator's checkpoints are written; "": the system's temporary folder
+    tokenizer: Mapping[str, Any] | None = None  # the vocabulary that sources are brought to: tokenizer_choice, written
     codes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by method that is a plug-in: plugins.Code
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import MethodError, SpecError, nearest
 from evomerge.plugins import Code, names_file, split_reference
-from evomerge.validation import at, read_documents
+from evomerge.tokenizer_choice import TokenizerChoice, read_choice
+from evomerge.validation import at, read_documents, validate
 
 if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
@@ -24,8 +25,8 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 RECIPE_FILES = (".yaml", ".yml", ".json")
 MOST_STAGES = 16  # recipes inside each other
 KEYS = (
-    "evomerge_recipe", "base", "experts", "method", "code", "params", "statistics", "groups", "weights", "seed",
-    "export_dtype",
+    "evomerge_recipe", "base", "experts", "tokenizer", "method", "code", "params", "statistics", "groups", "weights",
+    "seed", "export_dtype",
 )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ class Recipe:
     ``statistics`` are those of a method that is weighted by data; ``collected.verify_collected`` fills in their hashes.
 
     ``code`` is that of a method which is not evomerge's own. It does not run by being named here, so that the numbers
-    of such a recipe are checked when it is merged (``methods.lookup.permit``).
+    of such a recipe are checked when it is merged (``methods.lookup.permit``). ``tokenizer`` is the vocabulary that the
+    sources are brought to; None: all have the base's.
     """
 
     base: Source | None
@@ -95,6 +97,7 @@ class Recipe:
     export_dtype: str = "bfloat16"
     code: Code | None = None
     statistics: Collected | None = None
+    tokenizer: TokenizerChoice | None = None
 
     def group_for(self, info: TensorInfo) -> Group:
         """The one group that ``info`` belongs to; SpecError if the recipe has none for it."""
@@ -152,6 +155,7 @@ class Recipe:
             "evomerge_recipe": FORMAT,
             "base": source(self.base) if self.base else None,
             "experts": [source(s) for s in self.experts],
+            **({"tokenizer": self.tokenizer.short()} if self.tokenizer else {}),
             "method": self.method,
             **({"code": self.code.to_dict()} if self.code else {}),
             "params": self._checked(self.params),
@@ -308,7 +312,15 @@ class _Reader:
         export_dtype = data.get("export_dtype", "bfloat16")
         if export_dtype not in DTYPES:
             raise self.error("export_dtype", f"{_shown(export_dtype)} is unknown", nearest(str(export_dtype), DTYPES))
-        return Recipe(base, experts, method, groups, params, seed, export_dtype, code, statistics)
+        tokenizer = self.tokenizer(data.get("tokenizer"), names)
+        return Recipe(base, experts, method, groups, params, seed, export_dtype, code, statistics, tokenizer)
+
+    def tokenizer(self, data: Any, names: list[str]) -> TokenizerChoice | None:
+        if data is None:
+            return None
+        choice = validate(TokenizerChoice, read_choice(data), where=at(self.where, "tokenizer"))
+        choice.check(names, where=at(self.where, "tokenizer"))
+        return choice
 
     def experts(self, data: Any) -> tuple[Source, ...]:
         if isinstance(data, Mapping):

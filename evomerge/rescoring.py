@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evomerge.aligned import Alignment
 from evomerge.checkpoints import check_tokenizers, open_checkpoint, open_expert
 from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, SpecError, StudyError
 from evomerge.evaluation import Item, Outcome, Target, check_outcomes, task_scores
@@ -23,6 +24,7 @@ from evomerge.recipe import Recipe
 from evomerge.scratch import remove_stale, scratch_folder, written
 from evomerge.stages import built, stages
 from evomerge.store import Store
+from evomerge.vocabulary import has_tokenizer
 from evomerge.worker import load_tokenizer, settle
 
 
@@ -79,7 +81,7 @@ def score_target(
         if _is_adapter(target):
             _check_adapter(target, recipe, plan)
         else:
-            check_tokenizers(open_checkpoint(target), [plan.sources.reference])
+            _check_checkpoint(target, plan)
     elif target.is_file():
         recipe = permit(Recipe.load(target), allow=allow_code)
         if recipe.base is None:
@@ -100,6 +102,16 @@ def score_target(
     scores = task_scores(plan.evaluator, items, outcomes)
     judged = _judged(plan, split, scores, study)
     return Scores(split, items, tuple(outcomes), scores, judged, recipe, _is_adapter(target))
+
+
+def _check_checkpoint(target: Path, plan: Plan) -> None:
+    """CheckpointError if the checkpoint cannot be opened, or its tokens are not the experiment's.
+
+    Where the experiment's models differ in tokens, a checkpoint is scored with a tokenizer of its own.
+    """
+    checkpoint = open_checkpoint(target)
+    if plan.sources.alignment is None or not has_tokenizer(target):
+        check_tokenizers(checkpoint, [plan.sources.reference])
 
 
 def _is_adapter(target: Path) -> bool:
@@ -151,15 +163,16 @@ def _judged(plan: Plan, split: str, scores: dict[str, float], study: Store | Non
 def _at_model(target: Path, recipe: Recipe | None, plan: Plan) -> Iterator[Target]:
     """The checkpoint, or the merge of a recipe's file, as the resident model of the prepared evaluator."""
 
-    def resident(folder: Path) -> Target:
+    def resident(folder: Path, alignment: Alignment | None = None) -> Target:
         model = load_resident(
             folder,
             auto_class=plan.evaluator.auto_class,
             compute_dtype=plan.spec.compute_dtype,
             device=plan.worker.device,
             unused=plan.evaluator.unused,
+            alignment=alignment,
         )
-        return Target(model, load_tokenizer(folder), plan.worker.device)
+        return Target(model, load_tokenizer(folder, alignment), plan.worker.device)
 
     if _is_adapter(target):
         place = resident(_base_of(plan))
@@ -169,7 +182,7 @@ def _at_model(target: Path, recipe: Recipe | None, plan: Plan) -> Iterator[Targe
     else:
         with built(recipe, Path(tempfile.gettempdir())) as ready:
             sources = open_sources(ready)
-            place = resident(sources.reference.path)
+            place = resident(sources.reference.path, sources.alignment)
             Merger(sources, device=plan.worker.device).into(place.model, recipe)
     plan.evaluator.prepare(place, plan.items)
     yield place

@@ -177,6 +177,10 @@ def describe_plan(plan: Plan, options: Options) -> str:
     for stage_hash, (name, stage) in stages(plan.template).items():
         there = "is there" if kept_folder(stage_hash).is_dir() else f"will be built, {size(merged_bytes(stage))}"
         lines.append(f"stage        {name}: {len(stage.experts)} experts by {stage.method}; {there}")
+    if plan.template.tokenizer is not None:
+        alignment = plan.sources.alignment
+        what = "the base's, as it is" if alignment is None else alignment.summary
+        lines.append(f"tokenizer    {plan.template.tokenizer.source}: {what}")
     lines.append(f"space        {' | '.join(space.methods)}, {len(space.dimensions)} dimensions")
     lines += [f"  {d.name:<22} {d.text()}, from {d.initial_text()}" for d in space.dimensions[:12]]
     if len(space.dimensions) > 12:

@@ -28,6 +28,7 @@ from evomerge.objective_file import WORDS, ObjectiveSpec, read_objective
 from evomerge.plugins import EVALUATOR, METHOD, SEARCHER, Kind, names_file, split_reference
 from evomerge.recipe import is_recipe_file
 from evomerge.space_file import SpaceModel, check_space
+from evomerge.tokenizer_choice import Choice, TokenizerChoice
 from evomerge.validation import Strict, at, plain_mapping, read_yaml, short, validate
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -331,6 +332,11 @@ class Spec(Strict):
         description="experts by name: folders or ids of fine-tuned models or LoRA adapters of the base, or recipe "
         "files",
     )
+    tokenizer: Choice | None = Field(
+        default=None,
+        description="whose tokens the merges have, where experts added some: union, base, an expert's name, or keys; "
+        "null: all experts have the base's",
+    )
     space: dict[str, Any] = Field(description="the search space: a file, or written here")
     search: SearchSpec = Field(description="which searcher, how long, and its own options")
     evaluate: EvaluateSpec = Field(description="what candidates are evaluated on")
@@ -410,6 +416,10 @@ class Spec(Strict):
             for name, task in self.evaluate.tasks.items()
         }
 
+    @field_serializer("tokenizer")
+    def _short_tokenizer(self, tokenizer: TokenizerChoice | None) -> Any:
+        return None if tokenizer is None else tokenizer.short()
+
     @field_serializer("objective")
     def _short_objective(self, objective: ObjectiveSpec) -> Any:
         return objective.short()
@@ -448,6 +458,8 @@ class Spec(Strict):
         spec = validate(cls, data, where=where)
         spec._folder, spec._path, spec._space_file = folder, path, space_file
         _check_search(spec, where)
+        if spec.tokenizer is not None:
+            spec.tokenizer.check(list(spec.experts), where=at(where, "tokenizer"))
         spec.objective.check(list(spec.evaluate.tasks), list(spec.experts), where=at(where, "objective"))
         check_space(spec.space, list(spec.experts), where=spec.space_where, folder=spec.code_folder)
         if check_files:

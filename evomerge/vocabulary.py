@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ def check_tokenizers(base: _InFolder, experts: Sequence[_InFolder]) -> None:
     An expert without tokenizer files (most adapters) is taken to use the base's.
     """
     for expert in experts:
+        if any(getattr(source, "vocabulary", None) is not None for source in (base, expert)):  # a stage's own
+            _require_equal(_ids(expert), _ids(base), expert.path, base)
+            continue
         for name in FILES:
             mine, its = expert.path / name, base.path / name
             if mine.is_file() and its.is_file():
@@ -43,16 +47,19 @@ class _Folder:
 def check_tokenizer(folder: Path, base: Checkpoint) -> None:
     """Raise CheckpointError unless ``folder`` has a tokenizer that numbers tokens as the model does.
 
-    The model's numbers are those of the base's tokenizer; without one, all that is known is how many rows its
-    embeddings have.
+    The model's numbers are those of the vocabulary that a recipe chose, else of the base's tokenizer; without one, all
+    that is known is how many rows its embeddings have.
     """
-    if not _has(folder):
-        raise CheckpointError(f"{folder} has no tokenizer", remedy=f"A tokenizer is one of {', '.join(FILES)}.")
+    if not has_tokenizer(folder):
+        raise _no_tokenizer(folder)
+    if base.vocabulary is not None:
+        _require_equal(_loaded_vocabulary(folder), base.vocabulary.ids, folder, base, whose="merge")
+        return
     if any((folder / name).is_file() and (base.path / name).is_file() for name in FILES):
         check_tokenizers(base, [_Folder(folder)])
         return
     mine = _loaded_vocabulary(folder)
-    if _has(base.path):
+    if has_tokenizer(base.path):
         _require_equal(mine, _loaded_vocabulary(base.path), folder, base)
         return
     from evomerge.checkpoints import text_config
@@ -65,18 +72,104 @@ def check_tokenizer(folder: Path, base: Checkpoint) -> None:
         )
 
 
-def _has(folder: Path) -> bool:
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer knows.
+
+    Attributes:
+        ids: token -> id, added tokens included.
+        added: added token -> its entry in tokenizer.json (special, lstrip, ...).
+        kind: of its model, such as BPE.
+        merges, pieces: what the model cuts text by: merges, and its tokens that are not added, with their scores.
+    """
+
+    ids: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]]
+    kind: str
+    merges: tuple[str, ...]
+    pieces: Mapping[str, float]
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of the tokenizer in ``folder``, as transformers loads it; runs no code of the folder's.
+
+    Raises CheckpointError if there is none, if it cannot be loaded, or if it is not one of the tokenizers library.
+    """
+    data = json.loads(_backend(folder).to_str())
+    added = {entry["content"]: entry for entry in data["added_tokens"]}
+    model = data["model"]
+    vocabulary = model.get("vocab") or {}
+    scored = vocabulary if isinstance(vocabulary, list) else [(token, 0.0) for token in vocabulary]
+    merges = (m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or ())
+    pieces = {token: score for token, score in scored if token not in added}
+    return Vocabulary(_vocabulary(data), added, model["type"], tuple(merges), pieces)
+
+
+def _backend(folder: Path) -> Any:
+    tokenizer = open_tokenizer(folder)
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(
+            f"the tokenizer in {folder} is no fast one ({type(tokenizer).__name__}), so that its tokens cannot be "
+            "matched with others'",
+            remedy="Save it with a tokenizer.json, which transformers makes of most tokenizers.",
+        )
+    return tokenizer.backend_tokenizer
+
+
+def check_cuts_alike(mine: Vocabulary, host: Vocabulary, label: str, host_label: str) -> None:
+    """CheckpointError unless both cut text alike but for added tokens: then rows can be matched by token."""
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{what}: {label} cuts text into other tokens than {host_label}, so that rows of the same token have not "
+            "learnt the same",
+            remedy="Vocabularies may differ in added tokens and in ids. Leave this expert out.",
+        )
+
+    if mine.kind != host.kind:
+        raise refuse(f"its tokenizer is a {mine.kind} model and not {host.kind}")
+    if mine.merges != host.merges:
+        differing = len({*mine.merges} ^ {*host.merges})
+        what = f"{differing} merges differ" if differing else "its merges come in another order"
+        raise refuse(what)
+    differing = sorted(
+        token
+        for token in {*mine.pieces, *host.pieces} - {*mine.added, *host.added}
+        if mine.pieces.get(token) != host.pieces.get(token)
+    )
+    if differing:
+        raise refuse(f"{len(differing)} tokens that are no added ones differ, such as {differing[0]!r}")
+
+
+def _ids(source: _InFolder) -> Mapping[str, int]:
+    own: Vocabulary | None = getattr(source, "vocabulary", None)
+    return _loaded_vocabulary(source.path) if own is None else own.ids
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder`` as transformers loads it; CheckpointError if there is none or it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    if not has_tokenizer(folder):
+        raise _no_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Does the folder hold a tokenizer's vocabulary?"""
     return any((folder / name).is_file() for name in FILES)
 
 
 def _loaded_vocabulary(folder: Path) -> dict[str, int]:
     """token -> id, as transformers reads it from whatever files there are."""
-    from transformers import AutoTokenizer
+    return open_tokenizer(folder).get_vocab()
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_vocab()
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
+
+def _no_tokenizer(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder} has no tokenizer", remedy=f"A tokenizer is one of {', '.join(FILES)}.")
 
 
 def _compare_vocabularies(mine: Path, its: Path, base: _InFolder) -> None:
@@ -88,10 +181,15 @@ def _compare_vocabularies(mine: Path, its: Path, base: _InFolder) -> None:
 
 
 def _remedy(base: _InFolder) -> str:
-    return f"Experts and exports must use the vocabulary of {base.path}."
+    return (
+        f"Experts and exports must use the vocabulary of {base.path}, unless the recipe or experiment brings them to "
+        "one: tokenizer: {source: union}."
+    )
 
 
-def _require_equal(ours: Mapping[str, int], theirs: Mapping[str, int], mine: Path, base: _InFolder) -> None:
+def _require_equal(
+    ours: Mapping[str, int], theirs: Mapping[str, int], mine: Path, base: _InFolder, *, whose: str = "base"
+) -> None:
     differing = sorted(
         (token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)),
         key=lambda token: (ours.get(token, theirs.get(token, 0)), token),
@@ -99,9 +197,9 @@ def _require_equal(ours: Mapping[str, int], theirs: Mapping[str, int], mine: Pat
     if differing:
         token = differing[0]
         raise CheckpointError(
-            f"{mine}: {len(differing)} tokens differ from the base's vocabulary: "
-            f"{token!r} has the id {ours.get(token)}, in the base {theirs.get(token)}",
-            remedy=_remedy(base),
+            f"{mine}: {len(differing)} tokens differ from the {whose}'s vocabulary: "
+            f"{token!r} has the id {ours.get(token)}, in the {whose} {theirs.get(token)}",
+            remedy=_remedy(base) if whose == "base" else "Leave it out: the merge brings its own tokenizer.",
         )
 
 

@@ -9,14 +9,14 @@ import random
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from evomerge.checkpoints import Sources, Unbuilt, open_checkpoint, open_expert
+from evomerge.checkpoints import Sources, Unbuilt
 from evomerge.errors import CandidateError, CheckpointError, EvaluatorError, ResourceError, UserError
 from evomerge.evaluation import (
     Evaluator,
@@ -30,12 +30,16 @@ from evomerge.evaluation import (
 )
 from evomerge.folders import find_folder
 from evomerge.keeping import choose, dense_bytes, keep, rooms
-from evomerge.merging import Merger, load_resident, torch_dtype, written_bytes
+from evomerge.merging import Merger, load_resident, open_sources, torch_dtype, written_bytes
 from evomerge.methods.base import InputsChanged
 from evomerge.methods.lookup import load_codes
 from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
-from evomerge.recipe import Recipe
+from evomerge.recipe import Group, Recipe, Source
 from evomerge.scratch import check_scratch, remove_stale, written
+from evomerge.tokenizer_choice import TokenizerChoice
+
+if TYPE_CHECKING:
+    from evomerge.aligned import Alignment
 
 DETAIL_LIMIT = 20_000  # characters of a traceback that are kept
 
@@ -60,9 +64,7 @@ class Worker:
         settle(threads=spec.threads, device=spec.device)
         # A Hugging Face id comes with its commit: each machine fetches it into its own cache.
         base_path = find_folder(spec.base["path"], beside=spec.folder)
-        base = open_checkpoint(base_path)
-        experts = [open_expert(find_folder(source["path"], beside=spec.folder), base) for source in spec.experts]
-        self.sources = Sources(base, experts)
+        self.sources = self._open(base_path)
         load_codes(spec.codes)
         self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
 
@@ -77,8 +79,9 @@ class Worker:
                 compute_dtype=spec.compute_dtype,
                 device=spec.device,
                 unused=self.evaluator.unused,
+                alignment=self.sources.alignment,
             )
-            self.target = Target(model, load_tokenizer(base_path), spec.device)
+            self.target = Target(model, load_tokenizer(base_path, self.sources.alignment), spec.device)
         else:
             remove_stale(spec.scratch)
             check_scratch(spec.scratch, written_bytes(self.sources, spec.export_dtype))
@@ -86,6 +89,19 @@ class Worker:
             self.evaluator.prepare(self.target, list(self.items.values()))
         if self.target is not None:
             self.merger.adopt(self.target.model)  # after prepare, which may have given it to accelerate
+
+    def _open(self, base_path: Path) -> Sources:
+        """The sources, in one vocabulary."""
+        spec = self.spec
+
+        def source(data: Mapping[str, str]) -> Source:
+            return Source(data["name"], str(find_folder(data["path"], beside=spec.folder)))
+
+        tokenizer = None if spec.tokenizer is None else TokenizerChoice.model_validate(spec.tokenizer)
+        experts = tuple(source(data) for data in spec.experts)
+        base = Source(spec.base["name"], str(base_path))
+        groups = (Group((0.0,) * len(experts)),)
+        return open_sources(Recipe(base, experts, "task_arithmetic", groups, tokenizer=tokenizer))
 
     def _place(self) -> str:
         """Where the sources are to be kept, ``auto`` resolved by what this machine has free."""
@@ -175,6 +191,14 @@ class Worker:
                 where="recipe",
                 remedy="Evaluate it with an experiment file that names its base and experts.",
             )
+        written = None if recipe.tokenizer is None else recipe.tokenizer.short()
+        if written != self.spec.tokenizer:
+            raise CheckpointError(
+                f"a recipe must have the vocabulary of the workers' sources: it has {written}, they have "
+                f"{self.spec.tokenizer}",
+                where="recipe: tokenizer",
+                remedy="Evaluate it with an experiment file that has the same tokenizer.",
+            )
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -255,10 +279,13 @@ def settle(*, threads: int, device: str = "cpu") -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer; None if the folder holds none (as for models of other things than text)."""
+def load_tokenizer(folder: Path, alignment: Alignment | None = None) -> Any:
+    """The merge's tokenizer: that of ``alignment``, or the base's; None if the folder holds none (as for models of
+    other things than text)."""
     from transformers import AutoTokenizer
 
+    if alignment is not None:
+        return alignment.tokenizer()
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).exists() for name in names):
         return None

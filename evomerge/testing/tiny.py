@@ -81,6 +81,27 @@ def save_dense_expert(base: Path, folder: Path, *, seed: int, size: float = 0.03
     return Path(folder)
 
 
+def add_tokens(folder: Path, tokens: Sequence[str], *, seed: int, special: bool = True, **save) -> Path:
+    """Give the model in ``folder`` more tokens, in its tokenizer and as rows of normal noise in its embeddings."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tok = AutoTokenizer.from_pretrained(folder)
+    tok.add_tokens(list(tokens), special_tokens=special)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    first = model.get_input_embeddings().weight.shape[0]
+    if len(tok) > first:
+        model.resize_token_embeddings(len(tok), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for token in tokens:
+                row = module.weight[tok.convert_tokens_to_ids(token)]
+                row.copy_((torch.randn(row.shape, generator=generator) * 0.15).to(row.dtype))
+    model.save_pretrained(folder, **save)
+    tok.save_pretrained(folder)
+    return Path(folder)
+
+
 def save_lora_expert(base: Path, folder: Path, *, seed: int, rank: int = 4, size: float = 0.08, **lora) -> Path:
     """A PEFT LoRA adapter on the attention and MLP projections of ``base`` with random, non-zero factors."""
     from peft import LoraConfig, get_peft_model
