@@ -56,7 +56,9 @@ class LoraHub(Method):
     ) -> Tensor:
         call = {"weights": weights, "dtype": dtype, "info": info, "root": root, "scale": scale}
         merged = self.merged_factors(experts, **call)
-        return add_low_rank(base.to(dtype, copy=True), [] if merged is None else [(1.0, merged)])
+        # The last bits of a product depend on the strides of what it is added to.
+        total = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return add_low_rank(total, [] if merged is None else [(1.0, merged)])
 
     def merged_factors(
         self,
