@@ -22,12 +22,14 @@ from evomerge.methods.dare import DareLinear, DareTies
 from evomerge.methods.della import Della, DellaLinear
 from evomerge.methods.depth import Lines
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
+from evomerge.methods.fusion import ArceeFusion
 from evomerge.methods.knots import Knots
 from evomerge.methods.lorahub import LoraHub
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
 from evomerge.methods.regression import RegMean
+from evomerge.methods.sce import Sce
 from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
 from evomerge.methods.statistics import check_statistics
@@ -55,6 +57,8 @@ _ALL: tuple[Method, ...] = (
     NearSwap(),
     MagMax(),
     Ram(),
+    ArceeFusion(),
+    Sce(),
     Passthrough(),
     TSVM(),
     IsoC(),

@@ -64,7 +64,7 @@ class MagMax(Method):
         **_: Any,
     ) -> Tensor:
         largest: Tensor | None = None
-        for _, weight, tau in task_vectors(base, experts, weights, dtype):
+        for _t, weight, tau in task_vectors(base, experts, weights, dtype):
             tau.mul_(weight)
             largest = tau if largest is None else torch.where(tau.abs() >= largest.abs(), tau, largest)
         return add_to_base(base, largest, dtype, scale=scale)
@@ -95,7 +95,7 @@ class Ram(Method):
     ) -> Tensor:
         total: Tensor | None = None
         count: Tensor | None = None
-        for _, weight, tau in task_vectors(base, experts, weights, dtype):
+        for _t, weight, tau in task_vectors(base, experts, weights, dtype):
             changed = tau.abs().gt_(epsilon)
             tau.mul_(changed)
             total = tau.mul_(weight) if total is None else total.add_(tau, alpha=weight)

@@ -68,7 +68,7 @@ def inner_products(
     count, rows, columns = len(experts), *_matrix(info.shape, vectors)
     size = {"tensor": 1, "rows": rows, "columns": columns}[vectors]
     products = torch.zeros(size, count, count, dtype=torch.float64, device=experts[0].device)
-    for first, parts in _row_blocks(base if origin == "base" else None, experts, rows, columns):
+    for first, parts in _blocks(base if origin == "base" else None, experts, rows, columns):
         last = first + len(parts[0])
         for s in range(count):
             for t in range(s, count):
@@ -98,7 +98,8 @@ def spread(values: Tensor, info: TensorInfo, count: int, vectors: str, dtype: to
     columns = _matrix(info.shape, vectors)[1]
     if vectors == "rows":
         first, last = info.start // columns, (info.start + count - 1) // columns + 1
-        return values[first:last].to(dtype).repeat_interleave(columns)[info.start - first * columns :][:count]
+        whole = values[first:last, None].to(dtype).expand(-1, columns).reshape(-1)
+        return whole[info.start - first * columns :][:count]
     places = torch.arange(info.start, info.start + count, device=values.device).remainder_(columns)
     return values.to(dtype)[places]
 
@@ -117,10 +118,15 @@ def _matrix(shape: Sequence[int], vectors: str) -> tuple[int, int]:
     return numel // columns, columns
 
 
-def _row_blocks(
+def row_blocks(shape: Sequence[int], tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """(first row, the same whole rows (last dimension) of every tensor, in float64), each about a chunk."""
+    yield from _blocks(None, tensors, *_matrix(shape, "rows"))
+
+
+def _blocks(
     base: Tensor | None, experts: Sequence[Tensor], rows: int, columns: int
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """(first row, the same rows of every x_t in float64): exact for all types that are narrower."""
+    """(first row, the same rows of every x_t in float64), which is exact for narrower types."""
     step = max(1, CHUNK // columns)
     distinct = {id(t): t.reshape(-1) for t in (*experts, *(() if base is None else (base,)))}
     for first in range(0, rows, step):

@@ -139,6 +139,20 @@ class TestRam(MethodContract):
     settings = ({"epsilon": 0.1, "scale": 0.5}, {"epsilon": 0.0})
 
 
+class TestArceeFusion(MethodContract):
+    method = METHODS["arcee_fusion"]
+
+
+class TestSce(MethodContract):
+    method = METHODS["sce"]
+    settings = (
+        {"select_topk": 0.3},
+        {"select_topk": 0.0},
+        {"select_topk": 0.01, "scale": -0.5},
+        {"select_topk": 0.5, "floor": 1.0},
+    )
+
+
 class TestPassthrough(MethodContract):
     method = METHODS["passthrough"]
     zero_weights_give_base = False
