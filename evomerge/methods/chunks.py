@@ -42,7 +42,9 @@ def merge_chunks(
         MethodError: the call breaks a rule of the method.
     """
     if not method.chunked_with(state, **params) and (state is None or method.statistics is None):
-        state = method.prepare([(info, base, experts)], **params)
+        own = method.prepare([(info, base, experts)], **params)
+        if state is None or method.chunked_with(own, **params):
+            state = own
     if not method.chunked_with(state, **params):
         merged = method.merge(base, experts, weights=weights, info=info, state=state, seed=seed, **params)
         yield 0, merged.reshape(-1)

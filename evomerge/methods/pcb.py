@@ -17,6 +17,7 @@ from evomerge.methods.chunks import CHUNK
 from evomerge.methods.selection import order_statistics
 from evomerge.params import Param
 
+MOST_KNOWN = 20_000  # tensors, times sets of experts that take part, whose levels are kept
 Present = tuple[bool, ...]  # of each expert: does it take part? Not with a weight of zero.
 
 
@@ -59,17 +60,23 @@ def coefficients(score: Tensor, levels: Levels) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """The whole model's levels, found when they are first asked for: they are others where an expert is left out."""
+class _Known:
+    """Levels that were found already, of the whole model or of tensors: they are others where an expert is left out.
+
+    They may be dropped at any time.
+    """
 
     sources: SourceIterable
-    known: dict[Any, list[Levels]] = field(default_factory=dict)
+    found: dict[Any, list[Levels]] = field(default_factory=dict, repr=False)
 
-    def levels(self, present: Present, density: float, clip: float) -> list[Levels]:
-        key = present, density, clip
-        if key not in self.known:
-            self.known[key] = find_levels(self.sources, present, density, clip)
-        return self.known[key]
+    def levels(self, here: SourceIterable | None, name: str, *competition: Any) -> list[Levels]:
+        """Of the tensor ``name``, which is all of ``here``, or (None) of the whole model; as ``find_levels``."""
+        key = ("" if here is None else name, *competition)
+        if key not in self.found:
+            if len(self.found) >= MOST_KNOWN:
+                self.found.clear()
+            self.found[key] = find_levels(self.sources if here is None else here, *competition)
+        return self.found[key]
 
 
 def find_levels(sources: SourceIterable, present: Present, density: float, clip: float) -> list[Levels]:
@@ -156,7 +163,7 @@ class Pcb(Method):
         """Raises MethodError for scope model without ``state``: one tensor cannot give its levels."""
         if params.get("scope", self.params["scope"].default) == "tensor":
             return False  # which experts take part is known only when the tensor is merged
-        if isinstance(state, _Model):
+        if isinstance(state, _Known):
             return True
         raise MethodError(
             f"method {self.name} with scope model was not prepared over the whole model",
@@ -164,8 +171,10 @@ class Pcb(Method):
         )
 
     def prepare(self, sources: SourceIterable, statistics: Any = None, **fixed: Any) -> State | None:
-        """For scope model what finds the levels over all sources, and keeps them for candidates with the same."""
-        return _Model(sources) if fixed.get("scope") == "model" else None
+        """Room for the levels, unless they are a tensor's and vary; they are found when they are first needed."""
+        if fixed.get("scope") == "model" or {"scope", "density", "clip"} <= fixed.keys():
+            return _Known(sources)
+        return None
 
     def combine(
         self,
@@ -187,11 +196,9 @@ class Pcb(Method):
         if not any(present) or all(expert is base for expert in experts):
             return base.to(dtype, copy=True)
         here = [(info, base, experts)]
-        if self.chunked_with(state, scope=scope):
-            assert isinstance(state, _Model)
-            levels = state.levels(present, density, clip)
-        else:
-            levels = find_levels(here, present, density, clip)
+        whole_model = self.chunked_with(state, scope=scope)
+        known = state if isinstance(state, _Known) else _Known(here)
+        levels = known.levels(None if whole_model else here, info.name, present, density, clip)
         merged = torch.empty(base.numel(), dtype=dtype, device=base.device)
         start = 0
         for taus in _pieces(here, present):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from evomerge.errors import MethodError
 from evomerge.methods import METHODS, merge_state_dicts
 from evomerge.methods.base import TensorInfo, check_params
+from evomerge.methods.chunks import merge_chunks
 
 from .families import Family, assert_close, families
 
@@ -148,6 +149,21 @@ def test_the_model_is_looked_at_again_only_where_other_experts_take_part():
         assert sources.reads == reads
     with pytest.raises(MethodError, match="whole model"):
         method.merge(base, experts, weights=[1, 1, 1], info=info, scope="model")
+
+
+def test_levels_of_a_tensor_are_kept_for_the_next_candidate():
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = torch.randn(4, 400, generator=generator)
+    info, method = TensorInfo("w", shape=(400,)), METHODS["pcb"]
+    sources = [(info, base, experts)]
+    params = check_params("pcb", method, {})
+    assert method.prepare(sources, scope="tensor", clip=0.0) is None  # density varies
+    state = method.prepare(sources, **params)
+    for weights, known in (([1, 2, 3], 1), ([3, 2, 1], 1), ([0, 2, 1], 2), ([0, 1, 1], 2)):
+        pieces = merge_chunks(method, base, experts, weights=weights, info=info, state=state, params=params)
+        merged = torch.cat([piece for _, piece in pieces])
+        assert torch.equal(merged, method.merge(base, experts, weights=weights, info=info, **params))
+        assert len(state.found) == known
 
 
 def test_shares_must_be_shares():
