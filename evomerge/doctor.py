@@ -26,7 +26,12 @@ class Check:
 def examine() -> list[Check]:
     """All checks; one that raises has failed, with the error as what was found."""
     checks = [_try("python", _python), *(_try(name, _library(name)) for name in REQUIRED)]
-    checks += [_try("processor", _processor), _try("memory", _memory), _try("gpu", _gpu)]
+    checks += [
+        _try("processor", _processor),
+        _try("compiled merging", _compiled),
+        _try("memory", _memory),
+        _try("gpu", _gpu),
+    ]
     checks += [_try("store", _store), _try("free disk here", _disk), _try("hash cache", _cache)]
     return checks
 
@@ -48,6 +53,14 @@ def _library(name: str) -> Callable[[], str]:
 
 def _processor() -> str:
     return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+
+
+def _compiled() -> str:
+    from evomerge.methods.fused import kernels
+
+    if kernels() is None:
+        return "no: merges on the CPU take longer, to the same bits (pip install 'evomerge[fast]')"
+    return f"numba {importlib.metadata.version('numba')}"
 
 
 def _memory() -> str:

@@ -78,7 +78,8 @@ class _Plan:
         if self.method.needs_factors:
             used = [any(g.weights[t] for g in recipe.groups) for t in range(len(recipe.experts))]
             sources.require_factors(recipe.method, used)
-        self.state = merger.state(recipe.method, self.method, list(self._groups.values()), statistics)
+        groups = list(self._groups.values())
+        self.state = merger.state(recipe.method, self.method, groups, recipe.seed, statistics)
 
     def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:
         """(weights, parameters) for a tensor."""
@@ -101,14 +102,15 @@ class Merger:
         sources: the base and the experts; every recipe's experts are these, in this order.
         device: where the arithmetic is done.
         fixed_params: method -> its parameters that no candidate changes, so that what depends on them is computed once
-            (``Method.prepare``). A method that is not there has only fixed ones; None: no method is.
+            (``Method.prepare``). A method that is not there has only fixed ones. None: this is for a single merge, for
+            which nothing is worth keeping that is as large as masks are.
     """
 
     def __init__(
         self, sources: Sources, *, device: str = "cpu", fixed_params: Mapping[str, Mapping[str, Any]] | None = None
     ):
         self.sources, self.device = sources, device
-        self.fixed_params = dict(fixed_params or {})
+        self.fixed_params = None if fixed_params is None else dict(fixed_params)
         self.infos = {name: sources.info(name) for name in sources.names if sources.is_float(name)}
         # method -> (what was fixed, the statistics, its state)
         self._states: dict[Method, tuple[dict[str, Any], Sequence[Any] | None, Any]] = {}
@@ -208,16 +210,22 @@ class Merger:
         name: str,
         method: Method,
         groups: Sequence[Mapping[str, Any]],
+        seed: int,
         statistics: Sequence[Any] | None = None,
     ) -> Any:
-        """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes."""
-        first, known_fixed = groups[0], self.fixed_params.get(name)
+        """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes.
+
+        A method that ``draws`` learns the seed where there will be many candidates: they have it in common.
+        """
+        first, known_fixed = groups[0], (self.fixed_params or {}).get(name)
         fixed = {
             key: value
             for key, value in first.items()
             if all(group[key] == value for group in groups)
             and (known_fixed is None or (key in known_fixed and known_fixed[key] == value))
         }
+        if method.draws and self.fixed_params is not None:
+            fixed["seed"] = seed
         known = self._states.get(method)
         if known is None or known[0] != fixed or known[1] is not statistics:
             state = method.prepare(self.sources, statistics, **fixed)
@@ -253,7 +261,7 @@ class Merger:
         if not factors and method.chunked_with(plan.state, **params):
             # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
             skip = [weight == 0 and method.is_linear(**params) for weight in weights]
-            for part, base, experts in sources.chunks(name, device=self.device, skip=skip):
+            for part, base, experts in sources.chunks(name, device=self.device, skip=skip, widen=not method.widens):
                 yield method.merge(base, experts, info=part, **call, **params).reshape(-1).to(plan.dtype)
             return
         _, base, experts = sources.load(name, factors=factors, kept=True)

@@ -17,6 +17,7 @@ from evomerge.keeping import dense_bytes
 from evomerge.launch import Options, storage_of
 from evomerge.memory import worker_bytes
 from evomerge.merging import written_bytes
+from evomerge.methods import METHODS
 from evomerge.objectives import Objective
 from evomerge.planning import Plan, make_searcher
 from evomerge.progress import clock, size
@@ -225,7 +226,8 @@ def _memory(plan: Plan) -> str:
     """What a worker holds: its model, unless the evaluator asks for candidates on disk, and perhaps sources."""
     spec = plan.spec
     if plan.evaluator.needs == "model":
-        needed = worker_bytes(plan.sources, spec.compute_dtype)
+        masks = any(method in METHODS and METHODS[method].draws for method in plan.space.methods)
+        needed = worker_bytes(plan.sources, spec.compute_dtype, masks=masks)
         model = f"up to {size(needed)} a worker (its model in {spec.compute_dtype}), beside the evaluator's activations"
     else:
         written = size(written_bytes(plan.sources, spec.export_dtype))

@@ -19,4 +19,7 @@ def test_a_worker(lora_family: Path, dense_family: Path, dtype: str, width: int)
     for family, largest in ((lora_family, 48 * 32), (dense_family, 99 * 32)):
         base = open_checkpoint(family / "base")
         sources = Sources(base, [open_expert(family / f"expert{t}", base) for t in range(2)])
-        assert worker_bytes(sources, dtype) == PARAMETERS * width + 8 * largest + PROCESS_BYTES
+        expected = PARAMETERS * width + 8 * largest + PROCESS_BYTES
+        assert worker_bytes(sources, dtype) == expected
+        if family is dense_family:
+            assert worker_bytes(sources, dtype, masks=True) == expected + 2 * PARAMETERS // 8

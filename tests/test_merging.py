@@ -331,6 +331,24 @@ def test_what_is_prepared_changes_no_number(lora_family: Path, fixed: dict | Non
     assert_equal(model.state_dict(), expected.state_dict())
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_random_masks_are_kept_for_a_search_and_not_for_one_merge(lora_family: Path, method: str):
+    recipes = [
+        recipe_of(lora_family, method, weights, seed=seed) for seed in (0, 7) for weights in ((0.4, 0.7), (1, -1))
+    ]
+    merger, model = Merger(open_sources(recipes[0]), fixed_params={}), resident(lora_family)
+    for recipe in [*recipes, recipes[0]]:
+        alone, expected = Merger(open_sources(recipe)), resident(lora_family)
+        alone.into(expected, recipe)
+        assert [state for _, state in alone._states.values()] == [None]
+        merger.into(model, recipe)
+        assert_equal(model.state_dict(), expected.state_dict())
+        (_, masks), *_ = merger._states.values()
+        assert masks.seed == recipe.seed
+        assert masks.draw("model.layers.0.self_attn.q_proj.weight", 0, 0, 1) is not None
+        assert masks.kept_bytes > 1000
+
+
 def test_integers_and_masks_are_the_bases(dense_family: Path, tmp_path: Path):
     """Of any width, between floats: the files stay readable, the numbers are the base's."""
     folder = shutil.copytree(dense_family, tmp_path / "family")

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Imported by name for a user who has installed an extra, and refused with that extra's name otherwise.
-EXTRAS = {"psycopg": "postgres", "optuna_dashboard": "dashboard"}
+EXTRAS = {"psycopg": "postgres", "optuna_dashboard": "dashboard", "numba": "fast", "llvmlite": "fast"}
 PARTS = {"tokenizers", "pydantic_core"}  # of transformers and pydantic, in the one version that fits
 SUITES = {"pytest", "hypothesis"}  # whoever inherits a contract suite of evomerge.testing has them
 

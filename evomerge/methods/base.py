@@ -74,6 +74,9 @@ class Method(ABC):
         needs_factors: takes LoRA experts only, all of one rank in a tensor: it is about the factors, not their product.
         chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set), where ``chunked_with``
             agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
+        widens: casts what it reads itself, a slice at a time, so that slices may come in their storage dtype, uncopied.
+        draws: what ``prepare`` keeps depends on the seed. It is then called with ``seed=`` where many candidates that
+            share one will be merged, and without for a single merge.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
         statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
             gram or loss; None for a method that merges without any.
@@ -89,6 +92,8 @@ class Method(ABC):
     factors: bool = False
     needs_factors: bool = False
     chunked: bool = True
+    widens: bool = False
+    draws: bool = False
     keeps_base: bool = True
     statistics: str | None = None
 

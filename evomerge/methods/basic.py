@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_low_rank, add_to_base, task_vectors, weighted_sum
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_low_rank, sum_experts, sum_task_vectors
 from evomerge.methods.base import LowRank, Method
 from evomerge.params import Param
 
@@ -26,6 +26,7 @@ class Linear(Method):
     params: Mapping[str, Param] = MappingProxyType({"normalize": Param(bool, True, "divide by the sum of the weights")})
     weight = Param(float, 1.0, "what multiplies this expert; any sign, 0 leaves the expert out")
     needs_base = False
+    widens = True
     keeps_base = False  # weights that do not sum to 1 scale the base too, if not normalised
 
     def is_linear(self, **params: Any) -> bool:
@@ -63,17 +64,10 @@ class Linear(Method):
             shares.setdefault(id(expert), []).append(weight)
         coefficients = {key: math.fsum(share) / divisor for key, share in shares.items()}
         distinct = {id(expert): expert for expert in experts}
-        total: Tensor | None = None
-        for key, expert in distinct.items():
-            if coefficients[key] == 0:
-                continue
-            if total is None:
-                total = expert.to(dtype, copy=True)
-                if coefficients[key] != 1:
-                    total.mul_(coefficients[key])
-            else:
-                total.add_(expert, alpha=coefficients[key])
-        return experts[0].to(dtype, copy=True).zero_() if total is None else total
+        counted = [key for key in distinct if coefficients[key] != 0]
+        if not counted:
+            return experts[0].to(dtype, copy=True).zero_()
+        return sum_experts([distinct[key] for key in counted], [coefficients[key] for key in counted], dtype)
 
 
 @final
@@ -110,6 +104,7 @@ class TaskArithmetic(Method):
     params: Mapping[str, Param] = MappingProxyType({"scale": SCALE})
     weight = TASK_WEIGHT
     factors = True
+    widens = True
 
     def is_linear(self, **params: Any) -> bool:
         return True
@@ -130,6 +125,5 @@ class TaskArithmetic(Method):
         """A LowRank expert is its task vector itself: its B A is added without being made."""
         scaled = [(scale * weight, expert) for weight, expert in zip(weights, experts, strict=True)]
         dense = [(weight, expert) for weight, expert in scaled if isinstance(expert, Tensor)]
-        vectors = task_vectors(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype)
-        merged = add_to_base(base, weighted_sum((weight, vector) for _, weight, vector in vectors), dtype)
+        merged = sum_task_vectors(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype)
         return add_low_rank(merged, [(weight, expert) for weight, expert in scaled if isinstance(expert, LowRank)])

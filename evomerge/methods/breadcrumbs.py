@@ -9,9 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, weighted_sum
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
 from evomerge.methods.base import State, TensorInfo
-from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
+from evomerge.methods.election import MODE, NORMALIZE
+from evomerge.methods.thinning import Election, merge_thinned
 from evomerge.methods.trimming import TrimmedMethod, Trimming
 from evomerge.params import Param
 
@@ -70,8 +71,8 @@ class Breadcrumbs(_Breadcrumbs):
         **params: Any,
     ) -> Tensor:
         scaled = [scale * weight for weight in weights]
-        vectors = self.trimmed(base, experts, scaled, dtype=dtype, info=info, state=state, params=params)
-        return add_to_base(base, weighted_sum(vectors), dtype)
+        parts = self.thinned(base, experts, scaled, info=info, state=state, params=params)
+        return merge_thinned(base, parts, dtype=dtype)
 
 
 @final
@@ -99,5 +100,5 @@ class BreadcrumbsTies(_Breadcrumbs):
         seed: int,
         **params: Any,
     ) -> Tensor:
-        vectors = self.trimmed(base, experts, weights, dtype=dtype, info=info, state=state, params=params)
-        return add_to_base(base, elect_and_merge(vectors, mode=mode, normalize=normalize), dtype, scale=scale)
+        parts = self.thinned(base, experts, weights, info=info, state=state, params=params)
+        return merge_thinned(base, parts, dtype=dtype, election=Election(mode, normalize), scale=scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, task_vectors, weighted_sum
 from evomerge.methods.base import State, TensorInfo
 from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
+from evomerge.methods.thinning import thinned_vectors
 from evomerge.methods.ties import TIES_DENSITY
 from evomerge.methods.trimming import SCOPE, TrimmedMethod, Trimming
 from evomerge.params import Param
@@ -77,7 +78,8 @@ class Consensus(TrimmedMethod):
             weights, scale = [scale * weight for weight in weights], 1.0
 
         def merge(weights: Sequence[float]) -> Tensor | None:
-            vectors = self.trimmed(base, experts, weights, dtype=dtype, info=info, state=state, params=params)
+            parts = self.thinned(base, experts, weights, info=info, state=state, params=params)
+            vectors = thinned_vectors(base, parts, dtype)
             if arithmetic:
                 return weighted_sum(vectors)
             return elect_and_merge(vectors, mode=params["mode"], normalize=params["normalize"])

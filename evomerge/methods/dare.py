@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, task_vectors, weighted_sum
-from evomerge.methods.base import Method, State, TensorInfo
-from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
-from evomerge.methods.random import uniform
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
+from evomerge.methods.base import Method, SourceIterable, State, TensorInfo
+from evomerge.methods.election import MODE, NORMALIZE
+from evomerge.methods.masks import Masks
+from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned
 from evomerge.params import Param
 
 RESCALE = Param(
@@ -27,6 +28,8 @@ RESCALE = Param(
 class _Dare(Method):
     """Drop and rescale: the part that DARE's two methods share."""
 
+    widens = True
+    draws = True
     reference = "Yu et al. 2024, Language models are super Mario (DARE), arXiv:2311.03099, section 3.2, equation 1"
 
     def chunked_with(self, state: State | None, **params: Any) -> bool:
@@ -34,29 +37,43 @@ class _Dare(Method):
         density, rescale = (params.get(key, self.params[key].default) for key in ("density", "rescale"))
         return rescale == "density" or density == 1
 
-    def _dropped(
+    def prepare(
+        self, sources: SourceIterable, statistics: Any = None, *, seed: int | None = None, **fixed: Any
+    ) -> Masks | None:
+        """Room for the masks, if ``density`` is fixed and all candidates share ``seed``: they are drawn when needed."""
+        density = fixed.get("density", 1)
+        return None if seed is None or density == 1 else Masks(seed, density)
+
+    def _thinned(
         self,
-        vectors: Iterable[tuple[int, float, Tensor]],
+        base: Tensor,
+        experts: Sequence[Tensor],
+        weights: Sequence[float],
         *,
+        dtype: torch.dtype,
         info: TensorInfo,
+        state: State | None,
         seed: int,
         density: float,
         rescale: str,
-    ) -> Iterator[tuple[float, Tensor]]:
-        """(w_t, tau_t with each entry kept with probability ``density``, the kept ones rescaled)."""
-        for t, weight, tau in vectors:
-            if density == 1:
-                yield weight, tau
-                continue
-            norm = float(tau.abs().sum(dtype=torch.float64)) if rescale == "l1" else 0.0
-            drawn = uniform(seed, info.name, t, info.start, tau.numel())
-            keep = torch.lt(drawn, density, out=drawn)  # 1 and 0 in float32: much faster than a boolean mask
-            tau.mul_(keep.view(tau.shape).to(tau))
-            if rescale == "density":
-                yield weight, tau.div_(density)
-            else:
-                kept = float(tau.abs().sum(dtype=torch.float64))
-                yield weight, tau.mul_(norm / kept if kept else 1.0)
+    ) -> list[Thinned]:
+        """The experts that count, each entry kept with probability ``density``, the kept ones rescaled."""
+        chosen = list(experts_in(base, experts, weights))
+        if density == 1:
+            return [Thinned(experts[t], weight) for t, weight in chosen]
+        masks = state if isinstance(state, Masks) else Masks(seed, density)
+        if (masks.seed, masks.density) != (seed, density):
+            masks = Masks(seed, density)
+        parts: list[Thinned] = []
+        for t, weight in chosen:
+            mask, factor = masks.draw(info.name, t, info.start, base.numel()), 1 / density
+            if rescale == "l1":
+                tau = torch.sub(experts[t], base.to(dtype))
+                norm = float(tau.abs().sum(dtype=torch.float64))
+                kept = float(tau.mul_(mask.values(tau)).abs().sum(dtype=torch.float64))
+                factor = norm / kept if kept else 1.0
+            parts.append(Thinned(experts[t], weight, mask, factor=factor))
+        return parts
 
 
 DARE_DENSITY = Param(float, 0.5, "probability with which an entry of a task vector is kept", 0, 1, low_open=True)
@@ -86,15 +103,18 @@ class DareLinear(_Dare):
         weights: Sequence[float],
         dtype: torch.dtype,
         info: TensorInfo,
+        state: State | None,
         seed: int,
         density: float,
         rescale: str,
         scale: float,
         **_: Any,
     ) -> Tensor:
-        vectors = task_vectors(base, experts, [scale * weight for weight in weights], dtype)
-        dropped = self._dropped(vectors, info=info, seed=seed, density=density, rescale=rescale)
-        return add_to_base(base, weighted_sum(dropped), dtype)
+        scaled = [scale * weight for weight in weights]
+        parts = self._thinned(
+            base, experts, scaled, dtype=dtype, info=info, state=state, seed=seed, density=density, rescale=rescale
+        )
+        return merge_thinned(base, parts, dtype=dtype)
 
 
 @final
@@ -118,6 +138,7 @@ class DareTies(_Dare):
         weights: Sequence[float],
         dtype: torch.dtype,
         info: TensorInfo,
+        state: State | None,
         seed: int,
         density: float,
         mode: str,
@@ -126,7 +147,7 @@ class DareTies(_Dare):
         scale: float,
         **_: Any,
     ) -> Tensor:
-        vectors = task_vectors(base, experts, weights, dtype)
-        dropped = self._dropped(vectors, info=info, seed=seed, density=density, rescale=rescale)
-        merged = elect_and_merge(dropped, mode=mode, normalize=normalize)
-        return add_to_base(base, merged, dtype, scale=scale)
+        parts = self._thinned(
+            base, experts, weights, dtype=dtype, info=info, state=state, seed=seed, density=density, rescale=rescale
+        )
+        return merge_thinned(base, parts, dtype=dtype, election=Election(mode, normalize), scale=scale)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evomerge.methods import fused
+
 BLOCK = 65536  # entries drawn from one stream; part of what a recipe's seed means, so it never changes
 
 
@@ -53,10 +55,24 @@ def _by_blocks(draw: Callable[[tuple, int], Tensor], key: tuple, start: int, cou
 
 def _uniform_block(key: tuple, size: int) -> Tensor:
     """The first ``size`` numbers of a block: a prefix of the stream, so that small tensors stay cheap."""
-    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
-    words = np.random.SFC64(int.from_bytes(digest, "little")).random_raw((size + 1) // 2)
+    kernels = fused.kernels()
+    if kernels is not None:
+        out = np.empty(size, dtype=np.float32)
+        kernels.draw_uniform(stream(key), out)
+        return torch.from_numpy(out)
+    words = _generator(key).random_raw((size + 1) // 2)
     halves = words.astype("<u8", copy=False).view("<u4")[:size] >> np.uint32(8)
     return torch.from_numpy(np.multiply(halves, np.float32(2.0**-24), dtype=np.float32))
+
+
+def _generator(key: tuple) -> np.random.SFC64:
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).digest()
+    return np.random.SFC64(int.from_bytes(digest, "little"))
+
+
+def stream(key: tuple) -> np.ndarray:
+    """Where the stream of a block starts: the four words of SFC64's state, for the compiled loops."""
+    return _generator(key).state["state"]["state"].copy()
 
 
 def _normal_block(key: tuple, size: int) -> Tensor:

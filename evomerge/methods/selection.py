@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from evomerge.methods import fused
+
 DIGIT = 16  # bits looked at in one pass
 BINS = 1 << DIGIT
 
@@ -50,6 +52,7 @@ def order_statistics(
     Returns:
         A list of numbers a vector, exactly values of it; 0.0 for an empty vector.
     """
+    kernels = fused.kernels()
     integer, width = (torch.int32, 32) if dtype == torch.float32 else (torch.int64, 64)
     prefixes = [[0] * len(ranks(1)) for _ in range(count)]  # the digits found so far, read as one number
     places: list[list[int]] = []  # the wanted rank among the values that have that prefix
@@ -63,7 +66,11 @@ def order_statistics(
             if signed:
                 bits = bits ^ (bits >> width - 1).bitwise_and_(torch.iinfo(integer).max)
             for prefix, histogram in histograms[index].items():
-                histogram.add_(_digits(bits, shift, None if first else prefix, signed).cpu())
+                if kernels is not None and fused.on_cpu(bits):
+                    offset = BINS // 2 if signed else 0
+                    kernels.count_digits(bits.numpy(), shift, first, prefix, offset, histogram.numpy())
+                else:
+                    histogram.add_(_digits(bits, shift, None if first else prefix, signed).cpu())
         if first:
             sizes = [int(next(iter(histogram.values())).sum()) for histogram in histograms]
             places = [list(ranks(n)) if n else [1] * len(ranks(1)) for n in sizes]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
+from evomerge.methods.arithmetic import sum_experts
 from evomerge.methods.base import Method, SourceIterable, State, TensorInfo
 from evomerge.methods.chunks import CHUNK
 from evomerge.params import Param
@@ -34,6 +35,7 @@ class Slerp(Method):
     )
     weight = Param(float, 1.0, "only the two weights' proportion counts, and only where t is not given", low=0)
     needs_base = False
+    widens = True
     num_experts: tuple[int, int | None] = (2, 2)
 
     def chunked_with(self, state: State | None, **params: Any) -> bool:
@@ -77,7 +79,7 @@ class Slerp(Method):
         else:
             angle = math.acos(cosine)
             first, second = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
-        return a.to(dtype, copy=True).mul_(first).add_(b, alpha=second)
+        return sum_experts([a, b], [first, second], dtype)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -9,9 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from evomerge.methods.arithmetic import SCALE, add_to_base
+from evomerge.methods.arithmetic import SCALE
 from evomerge.methods.base import State, TensorInfo
-from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
+from evomerge.methods.election import MODE, NORMALIZE
+from evomerge.methods.thinning import Election, merge_thinned
 from evomerge.methods.trimming import SCOPE, TrimmedMethod, Trimming
 from evomerge.params import Param
 
@@ -54,5 +55,5 @@ class Ties(TrimmedMethod):
         **params: Any,
     ) -> Tensor:
         """Without ``state`` the thresholds come from the tensor itself. MethodError for scope model, which needs it."""
-        vectors = self.trimmed(base, experts, weights, dtype=dtype, info=info, state=state, params=params)
-        return add_to_base(base, elect_and_merge(vectors, mode=mode, normalize=normalize), dtype, scale=scale)
+        parts = self.thinned(base, experts, weights, info=info, state=state, params=params)
+        return merge_thinned(base, parts, dtype=dtype, election=Election(mode, normalize), scale=scale)

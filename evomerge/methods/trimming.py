@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import task_vectors
 from evomerge.methods.base import Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
 from evomerge.methods.selection import kept, order_statistics
+from evomerge.methods.thinning import Thinned, experts_in
 from evomerge.params import Param
 
 SCOPE = Param(
@@ -65,8 +65,10 @@ class Thresholds:
 class TrimmedMethod(Method):
     """Thresholds are looked for once if no candidate changes them, otherwise tensor by tensor as it is merged.
 
-    A method says by ``trimming`` how it cuts, and takes its task vectors from ``trimmed``.
+    A method says by ``trimming`` how it cuts, and takes from ``thinned`` what stays.
     """
+
+    widens = True
 
     @abstractmethod
     def trimming(self, params: Mapping[str, Any]) -> Trimming | None:
@@ -108,40 +110,27 @@ class TrimmedMethod(Method):
 
         return Thresholds(trimming, {"": order_statistics(stream, count, trimming.ranks)})
 
-    def trimmed(
+    def thinned(
         self,
         base: Tensor,
         experts: Sequence[Tensor],
         weights: Sequence[float],
         *,
-        dtype: torch.dtype,
         info: TensorInfo,
         state: State | None,
         params: Mapping[str, Any],
-    ) -> Iterator[tuple[float, Tensor]]:
-        """(w_t, what stays of tau_t) as ``task_vectors`` gives them. Without ``state`` the tensor must be whole."""
+    ) -> list[Thinned]:
+        """What stays of the task vectors of the experts that count. Without ``state`` the tensor must be whole."""
         trimming = self.trimming(params)
-        vectors = task_vectors(base, experts, weights, dtype)
+        chosen = list(experts_in(base, experts, weights))
         if trimming is None:
-            return ((weight, tau) for _, weight, tau in vectors)
+            return [Thinned(experts[t], weight) for t, weight in chosen]
         if self.chunked_with(state, **params):
             assert isinstance(state, Thresholds)
             thresholds = state.for_tensor(self.name, info.name)
         else:
             thresholds = _of_tensor(base, experts, trimming)
-        return ((weight, cut(tau, *thresholds[t])) for t, weight, tau in vectors)
-
-
-def cut(tau: Tensor, low: float, high: float | None = None) -> Tensor:
-    """``tau`` with what is smaller than ``low`` or larger than ``high`` in magnitude set to zero; NaN stays.
-
-    ``low`` must be one of its magnitudes.
-    """
-    larger = None if high is None else torch.nn.functional.hardshrink(tau, high)
-    if low > 0:
-        below = torch.nextafter(torch.tensor(low, dtype=tau.dtype), torch.zeros((), dtype=tau.dtype))
-        tau = torch.nn.functional.hardshrink(tau, float(below))
-    return tau if larger is None else tau - larger
+        return [Thinned(experts[t], weight, None, *thresholds[t]) for t, weight in chosen]
 
 
 def magnitudes(base: Tensor | None, experts: Sequence[Tensor], zeros: bool = False) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,291 @@
+"""Compiled loops over the entries of CPU tensors: the same arithmetic as the plain torch code, in one pass.
+
+Imported by ``evomerge.methods.fused`` alone, which says when they are used. They give the plain code's numbers to the
+bit: nothing is reordered, and a product and a sum are one rounding exactly where torch makes them one (``fma``).
+Loops go by blocks of SIZE entries whose sums are parts of one array: so the compiler can use vector instructions.
+"""
+
+# pyright: reportCallIssue=false
+# (The signature of an intrinsic has the compiler's argument, which callers leave out.)
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types  # pyright: ignore[reportPrivateImportUsage]
+from numba.extending import intrinsic, overload
+
+SIZE = 1024  # entries of a block: six sums of them fit into the fastest cache; a multiple of 32, the bits of a word
+
+
+def compiled(function: Any) -> Any:
+    """``function`` as machine code, made at its first call for a combination of types and kept on disk.
+
+    In a folder beside this file, or, where that cannot be written, in the user's cache folder (NUMBA_CACHE_DIR names
+    another); where neither can, it is compiled once a process.
+    """
+    try:
+        return numba.njit(function, cache=True, error_model="numpy", nogil=True)
+    except RuntimeError:  # no folder can be written
+        return numba.njit(function, error_model="numpy", nogil=True)
+
+
+@intrinsic
+def pointer(typing: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to what the array ``like`` holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), generate
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c with one rounding."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return c(c, c, c), generate
+
+
+@intrinsic
+def float_of(typing: Any, bits: Any) -> Any:
+    """The float32 with these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def widened(value):
+    """A stored number in the arithmetic type; bfloat16 is stored as uint16 here."""
+    raise NotImplementedError
+
+
+@overload(widened, inline="always")
+def _widened(value):
+    if value == types.uint16:
+        return lambda value: float_of(np.uint32(value) << np.uint32(16))
+    return lambda value: value
+
+
+@compiled
+def merge_thinned(base, experts, weights, lows, highs, masks, factors, elect, mean, normalize, scale, out):
+    """out = theta_0 + scale x what the thinned tau_t merge to: their weighted sum, or with ``elect`` TIES' election.
+
+    Args:
+        base: (n,) uint16 for bfloat16, float32 or float64.
+        experts: (T,) addresses of as many entries of base's type, contiguous.
+        weights: (T,) of the type of ``out``, as are the next ones.
+        lows, highs: (T,) what is smaller or larger in magnitude becomes 0; 0 and infinity cut nothing.
+        masks: (T,) addresses of uint32 words: bit k of word j says whether entry 32 j + k is kept. 0 for no mask.
+        factors: (T,) what the thinned task vector is multiplied by, before the weight.
+        mean, normalize: what an elected sum is divided by: the number, or the weights, of the experts that agree.
+        out: (n,) float32 or float64.
+    """
+    a_word = np.empty(0, np.uint32)
+    # Rows of SIZE: theta_0; total, positive, share and positive share of an election, or the total; the thinned tau_t.
+    rows = np.empty(6 * SIZE, out.dtype)
+    for start in range(0, len(base), SIZE):
+        n = min(SIZE, len(base) - start)
+        theta_0 = base[start : start + n]
+        for i in range(n):
+            rows[i] = widened(theta_0[i])
+        rows[SIZE : 5 * SIZE] = 0
+        for t in range(len(experts)):
+            expert = carray(pointer(experts[t] + start * base.itemsize, base), n)
+            if masks[t] != 0:
+                words = carray(pointer(masks[t] + start // 8, a_word), SIZE // 32)
+                _keep_masked(expert, words, factors[t], rows)
+            else:
+                _cut(expert, lows[t], highs[t], factors[t], rows)
+            if elect:
+                _add_votes(n, weights[t], weights[t] if normalize else out.dtype.type(1), rows)
+            else:
+                _add(n, t == 0, weights[t], rows)
+        if elect:
+            _write_elected(n, mean, normalize, scale, rows, out[start : start + n])
+        else:
+            merged = out[start : start + n]
+            for i in range(n):
+                merged[i] = rows[SIZE + i] * scale + rows[i]
+
+
+@compiled
+def _keep_masked(expert, words, factor, rows):
+    n = len(expert)
+    for j in range((n + 31) // 32):
+        word = words[j]
+        for k in range(32):
+            rows[5 * SIZE + 32 * j + k] = (word >> np.uint32(k)) & np.uint32(1)
+    for i in range(n):
+        rows[5 * SIZE + i] = (widened(expert[i]) - rows[i]) * rows[5 * SIZE + i] * factor
+
+
+@compiled
+def _cut(expert, low, high, factor, rows):
+    zero = rows.dtype.type(0)
+    if high == np.inf:
+        for i in range(len(expert)):
+            tau = widened(expert[i]) - rows[i]
+            rows[5 * SIZE + i] = (zero if abs(tau) < low else tau) * factor
+    else:
+        for i in range(len(expert)):
+            tau = widened(expert[i]) - rows[i]
+            larger = zero if abs(tau) <= high else tau
+            rows[5 * SIZE + i] = ((zero if abs(tau) < low else tau) - larger) * factor
+
+
+@compiled
+def _add(n, first, weight, rows):
+    if first:
+        for i in range(n):
+            rows[SIZE + i] = rows[5 * SIZE + i] * weight
+    else:
+        for i in range(n):
+            rows[SIZE + i] = fma(rows[5 * SIZE + i], weight, rows[SIZE + i])
+
+
+@compiled
+def _add_votes(n, weight, counted, rows):
+    zero = rows.dtype.type(0)
+    for i in range(n):
+        scaled = rows[5 * SIZE + i] * weight
+        rows[SIZE + i] += scaled
+        rows[2 * SIZE + i] += zero if scaled < zero else scaled
+        rows[3 * SIZE + i] += counted if scaled > zero else (-counted if scaled < zero else zero)
+        rows[4 * SIZE + i] += counted if scaled > zero else zero
+
+
+@compiled
+def _write_elected(n, mean, normalize, scale, rows, merged):
+    zero, one, tiny = rows.dtype.type(0), rows.dtype.type(1), rows.dtype.type(1e-8)
+    for i in range(n):
+        positive = rows[2 * SIZE + i]
+        negative = rows[SIZE + i] - positive
+        # zero x the difference: no number, but NaN where infinities meet, as in torch.lerp.
+        value = (positive if rows[SIZE + i] >= zero else negative) + zero * (positive - negative)
+        if normalize or mean:
+            share = rows[4 * SIZE + i] if rows[SIZE + i] >= zero else rows[4 * SIZE + i] - rows[3 * SIZE + i]
+            small = abs(share) < tiny if normalize else share < one
+            value /= one if small else share
+        merged[i] = value * scale + rows[i]
+
+
+@compiled
+def sum_experts(experts, like, weights, out):
+    """out = sum w_t theta_t.
+
+    Args:
+        experts: (T,) addresses, T >= 1, of as many numbers of the type of ``like`` as ``out`` has.
+        weights: (T,) of the type of ``out``, float32 or float64.
+    """
+    for start in range(0, len(out), SIZE):
+        n = min(SIZE, len(out) - start)
+        merged = out[start : start + n]
+        for t in range(len(experts)):
+            expert = carray(pointer(experts[t] + start * like.itemsize, like), n)
+            weight = weights[t]
+            if t == 0:
+                for i in range(n):
+                    merged[i] = widened(expert[i]) * weight
+            else:
+                for i in range(n):
+                    merged[i] = fma(widened(expert[i]), weight, merged[i])
+
+
+@compiled
+def sum_task_vectors(base, experts, weights, out):
+    """out = theta_0 + sum w_t (theta_t - theta_0); as above, ``base`` of the experts' type."""
+    for start in range(0, len(out), SIZE):
+        n = min(SIZE, len(out) - start)
+        theta_0, merged = base[start : start + n], out[start : start + n]
+        for t in range(len(experts)):
+            expert = carray(pointer(experts[t] + start * base.itemsize, base), n)
+            weight = weights[t]
+            if t == 0:
+                for i in range(n):
+                    merged[i] = (widened(expert[i]) - widened(theta_0[i])) * weight
+            else:
+                for i in range(n):
+                    merged[i] = fma(widened(expert[i]) - widened(theta_0[i]), weight, merged[i])
+        for i in range(n):
+            merged[i] += widened(theta_0[i])
+
+
+@compiled
+def count_digits(bits, shift, first, prefix, offset, histogram):
+    """histogram[d] += how many of ``bits`` have the 16-bit digit d at ``shift``, and ``prefix`` above it.
+
+    Args:
+        bits: (n,) int32 or int64.
+        first: the digit is the uppermost one: there is no prefix, and ``offset`` is added to it.
+        histogram: (65536,) int64.
+    """
+    if first:
+        for i in range(len(bits)):
+            histogram[(bits[i] >> shift) + offset] += 1
+    else:
+        for i in range(len(bits)):
+            if bits[i] >> (shift + 16) == prefix:
+                histogram[(bits[i] >> shift) & 0xFFFF] += 1
+
+
+@compiled
+def _draw(state, words):
+    """words = the next ones of SFC64, as NumPy has it; ``state`` is moved on."""
+    a, b, c, counter = state[0], state[1], state[2], state[3]
+    for i in range(len(words)):
+        word = a + b + counter
+        counter += np.uint64(1)
+        a = b ^ (b >> np.uint64(11))
+        b = c + (c << np.uint64(3))
+        c = (c << np.uint64(24) | c >> np.uint64(40)) + word
+        words[i] = word
+    state[0], state[1], state[2], state[3] = a, b, c, counter
+
+
+@compiled
+def draw_uniform(state, out):
+    """out = the uniform numbers of a stream: 2**-24 x the upper 24 bits of each half of its words, lower half first.
+
+    Args:
+        state: (4,) uint64, the generator's, as NumPy has it; it is moved on.
+        out: (n,) float32.
+    """
+    unit = np.float32(2.0**-24)
+    words = np.empty(SIZE // 2, np.uint64)
+    halves = words.view(np.uint32)
+    for start in range(0, len(out), SIZE):
+        part = out[start : start + SIZE]
+        _draw(state, words[: (len(part) + 1) // 2])
+        for i in range(len(part)):
+            part[i] = np.float32(halves[i] >> np.uint32(8)) * unit
+
+
+@compiled
+def draw_bits(state, limit, count, out):
+    """Bit k of word j of ``out``: is the (32 j + k)-th number of the stream, times 2**24, below ``limit``?
+
+    Args:
+        state: as above.
+        limit: uint32.
+        out: uint32 words for ``count`` bits; those beyond are 0.
+    """
+    words = np.empty(SIZE // 2, np.uint64)
+    halves = words.view(np.uint32)
+    for start in range(0, count, SIZE):
+        n = min(SIZE, count - start)
+        _draw(state, words[: (n + 1) // 2])
+        for j in range((n + 31) // 32):
+            bits = np.uint32(0)
+            for k in range(32):
+                bits |= np.uint32(halves[32 * j + k] >> np.uint32(8) < limit) << np.uint32(k)
+            left = n - 32 * j
+            out[start // 32 + j] = bits if left >= 32 else bits & np.uint32((1 << left) - 1)
