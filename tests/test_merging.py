@@ -340,10 +340,10 @@ def test_random_masks_are_kept_for_a_search_and_not_for_one_merge(lora_family: P
     for recipe in [*recipes, recipes[0]]:
         alone, expected = Merger(open_sources(recipe)), resident(lora_family)
         alone.into(expected, recipe)
-        assert [state for _, state in alone._states.values()] == [None]
+        assert [state for *_, state in alone._states.values()] == [None]
         merger.into(model, recipe)
         assert_equal(model.state_dict(), expected.state_dict())
-        (_, masks), *_ = merger._states.values()
+        ((*_, masks),) = merger._states.values()
         assert masks.seed == recipe.seed
         assert masks.draw("model.layers.0.self_attn.q_proj.weight", 0, 0, 1) is not None
         assert masks.kept_bytes > 1000

@@ -96,3 +96,25 @@ def write_family(folder: Path, size: str, *, num_experts: int, dtype: str) -> li
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         done.write_text(json.dumps(shapes.config(dtype), indent=1))
     return paths
+
+
+def write_many(folder: Path, count: int, *, num_experts: int) -> list[Path]:
+    """[base, expert, ...] with ``count`` tensors of 8 x 8, under a Llama's configuration."""
+    paths = [folder / f"many-{count}-{which}" for which in range(num_experts + 1)]
+    shapes = SIZES["tiny"]
+    for which, path in enumerate(paths):
+        done = path / "config.json"
+        if done.exists():
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        base, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(which)
+        tensors = torch.randn(count, 8, 8, generator=base).mul_(BASE_SPREAD)
+        if which:
+            tensors += torch.randn(count, 8, 8, generator=own).mul_(TUNED_SPREAD)
+        named = {
+            f"model.layers.{n // 100}.mlp.part.{n % 100}.weight": t.clone() for n, t in enumerate(tensors.bfloat16())
+        }
+        save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+        layers = {"num_hidden_layers": -(-count // 100)}
+        done.write_text(json.dumps(shapes.config("bfloat16") | layers, indent=1))
+    return paths

@@ -96,12 +96,12 @@ def test_sums(data: st.DataObject):
     assert same_bits(sum_task_vectors(base, experts, some, dtype), expected[1])
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.statistics is None))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_method_gives_the_same_bits(name: str, dtype: torch.dtype):
     method = METHODS[name]
     generator = torch.Generator().manual_seed(3)
-    shape = (37, 61) if name not in METHODS or not method.chunked else (3, BLOCK)
+    shape = (3, BLOCK) if method.chunked else (37, 61)
     base = torch.randn(shape, generator=generator)
     count = method.num_experts[1] or 4
     experts = [(base + 0.01 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]
