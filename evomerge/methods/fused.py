@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STORED = {torch.bfloat16: torch.uint16, torch.float32: torch.float32, torch.float64: torch.float64}
+_WIDENED = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
 _loaded: list[ModuleType | None] = []  # once it has been looked for
 
 
@@ -59,9 +59,9 @@ def array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def alike(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous tensors of one type that the loops take: their own if it is the same for all, otherwise ``dtype``."""
-    types = {tensor.dtype for tensor in tensors}
-    common = types.pop() if len(types) == 1 and types <= _STORED.keys() else dtype
+    """Contiguous tensors of one type: their own if all have it and the loops widen it to ``dtype``; otherwise ``dtype``."""
+    own = tensors[0].dtype
+    common = own if all(tensor.dtype == own for tensor in tensors) and _WIDENED.get(own) == dtype else dtype
     return [tensor.to(common).contiguous() for tensor in tensors]
 
 
