@@ -59,7 +59,7 @@ def array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def alike(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous tensors of one type: their own if all have it and the loops widen it to ``dtype``; otherwise ``dtype``."""
+    """Contiguous tensors of one type: their own, if all have it and the loops widen it to ``dtype``, or ``dtype``."""
     own = tensors[0].dtype
     common = own if all(tensor.dtype == own for tensor in tensors) and _WIDENED.get(own) == dtype else dtype
     return [tensor.to(common).contiguous() for tensor in tensors]
