@@ -1,4 +1,5 @@
-"""A merge of LoRA adapters written as one LoRA adapter: their factors side by side, with the ranks added up.
+"""A merge of LoRA adapters written as one LoRA adapter: their factors side by side, with the ranks added up; or the
+factors that the method itself makes of theirs (lorahub, knots).
 
 With coefficients c_t and scalings s_t, sum_t c_t s_t B_t A_t = [c_1 s_1 B_1, ..., c_T s_T B_T] [A_1; ...; A_T]:
 the very task vector of the merge, where the merge is a weighted sum of task vectors. It is not what a merged checkpoint
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ from evomerge.errors import CheckpointError, MethodError
 from evomerge.exporting import CARD_FILE, RECIPE_FILE, check_room, write_manifest
 from evomerge.hub import hub_id
 from evomerge.merging import Report, check_finite, open_sources
-from evomerge.methods.base import check_params
+from evomerge.methods.base import LowRank, check_params
 from evomerge.methods.lookup import method_of
 from evomerge.modelcard import adapter_card
-from evomerge.recipe import Recipe
+from evomerge.recipe import Group, Recipe
 from evomerge.safetensor_files import ShardWriter
 from evomerge.writing import check_out, whole_folder
 
@@ -37,10 +39,14 @@ DENSE = "Export a checkpoint instead: leave out --as adapter."
 
 @dataclass(frozen=True)
 class Module:
-    """One module of the merged adapter: which factors go into it, and by what each expert's B is multiplied."""
+    """One module of the merged adapter: which factors go into it, and by what each expert's B is multiplied.
+
+    ``made`` are the method's own factors, if the merge is no weighted sum of the experts' task vectors.
+    """
 
     name: str  # in the base checkpoint, such as model.layers.0.self_attn.q_proj.weight
     parts: tuple[tuple[Adapter, float], ...]  # adapter, coefficient (not zero)
+    made: LowRank | None = None
 
     @property
     def factors(self) -> Factors:
@@ -48,12 +54,30 @@ class Module:
         assert found is not None
         return found
 
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """A: (rank, in) and B: (out, rank) as PEFT stores them, for a scaling of 1; in float32 or wider."""
-        ups, downs = [], []
+    def _low_rank(self) -> Iterator[tuple[LowRank, float]]:
+        if self.made is not None:
+            yield self.made, 1.0
+            return
         for adapter, coefficient in self.parts:
             low_rank = adapter.low_rank(self.name)
             assert low_rank is not None
+            yield low_rank, coefficient
+
+    def entry(self, factor: str, base: Checkpoint) -> tuple[torch.dtype, tuple[int, int]]:
+        """(type, shape) of one factor as it will be stored, without multiplying anything."""
+        dtype, rank = torch.float32, 0
+        for low_rank, _ in self._low_rank():
+            dtype = torch.promote_types(dtype, torch.promote_types(low_rank.A.dtype, low_rank.B.dtype))
+            rank += low_rank.A.shape[0]
+        out, inner = base.shape(self.name)
+        if self.factors.transposed:
+            out, inner = inner, out
+        return dtype, ((rank, inner) if factor == "A" else (out, rank))
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """A: (rank, in) and B: (out, rank) as PEFT stores them, for a scaling of 1; in float32 or wider."""
+        ups, downs = [], []
+        for low_rank, coefficient in self._low_rank():
             A, B = (low_rank.B.T, low_rank.A.T) if self.factors.transposed else (low_rank.A, low_rank.B)
             dtype = torch.promote_types(torch.float32, torch.promote_types(A.dtype, B.dtype))
             downs.append(A.to(dtype))
@@ -77,8 +101,9 @@ def export_adapter(
         companions: a tokenizer and chat templates to put beside it. The base's own are left with the base.
         progress: called with (bytes written, bytes in all).
 
-    Returns ``out``. Raises MethodError for a method that is no weighted sum of task vectors, CheckpointError for an
-    expert that is not low-rank where its coefficient is not zero, and as ``exporting.export`` does.
+    Returns ``out``. Raises MethodError for a merge that is neither a weighted sum of task vectors nor low-rank by the
+    method's own word, CheckpointError for an expert that is not low-rank where its coefficient is not zero, and as
+    ``exporting.export`` does.
     """
     out = Path(out).absolute()
     check_out(out)
@@ -87,7 +112,7 @@ def export_adapter(
     base = sources.reference
     assert isinstance(base, Checkpoint)
     tensors = {f"{PREFIX}{m.factors.module}.lora_{_key(m, f)}": (m, f) for m in modules for f in "AB"}
-    entries = {key: _entry(module, factor, base) for key, (module, factor) in tensors.items()}
+    entries = {key: module.entry(factor, base) for key, (module, factor) in tensors.items()}
     total = sum(dtype.itemsize * rows * columns for dtype, (rows, columns) in entries.values())
     check_room(out, total)
     with whole_folder(out) as folder:
@@ -128,9 +153,11 @@ def adapter_modules(recipe: Recipe, sources: Sources) -> list[Module]:
     for name in sources.names:
         if not sources.touched(name):
             continue
-        coefficients = _coefficients(recipe, sources, name)
+        group = recipe.group_for(sources.info(name))
+        coefficients = _coefficients(recipe, group)
         parts = []
-        for source, expert, coefficient in zip(recipe.experts, sources.experts, coefficients, strict=True):
+        chosen = group.weights if coefficients is None else coefficients
+        for source, expert, coefficient in zip(recipe.experts, sources.experts, chosen, strict=True):
             if coefficient == 0 or name not in expert:
                 continue
             if not isinstance(expert, Adapter):
@@ -148,25 +175,40 @@ def adapter_modules(recipe: Recipe, sources: Sources) -> list[Module]:
             if expert.factors(name) is not None:
                 parts.append((expert, coefficient))
         if parts:
-            modules.append(Module(name, tuple(parts)))
+            made = _made(recipe, group, sources, name) if coefficients is None else None
+            modules.append(Module(name, tuple(parts), made))
             _check_alike(modules[-1])
     if not modules:
         raise CheckpointError("all weights are zero, so that the merge is its base", remedy="Use the base itself.")
     return modules
 
 
-def _coefficients(recipe: Recipe, sources: Sources, name: str) -> list[float]:
-    method, group = method_of(recipe), recipe.group_for(sources.info(name))
+def _coefficients(recipe: Recipe, group: Group) -> list[float] | None:
+    """What each expert's task vector is multiplied by; None where the merge is no weighted sum of them."""
+    method = method_of(recipe)
+    return method.task_coefficients(
+        group.weights, **check_params(recipe.method, method, {**recipe.params, **group.params})
+    )
+
+
+def _made(recipe: Recipe, group: Group, sources: Sources, name: str) -> LowRank:
+    """The method's own factors of a tensor's merged task vector; MethodError if it has none."""
+    method = method_of(recipe)
     params = check_params(recipe.method, method, {**recipe.params, **group.params})
-    coefficients = method.task_coefficients(group.weights, **params)
-    if coefficients is None:
+    experts = [expert.low_rank(name) if isinstance(expert, Adapter) else None for expert in sources.experts]
+    kinds = [factor.dtype for found in experts if found is not None for factor in (found.A, found.B)]
+    dtype = reduce(torch.promote_types, [torch.float32, sources.reference.dtype(name), *kinds])
+    made = method.merged_factors(
+        experts, weights=group.weights, dtype=dtype, info=sources.info(name), seed=recipe.seed, **params
+    )
+    if made is None:
         shown = ", ".join(f"{key} {value}" for key, value in params.items())
         raise MethodError(
-            f"method {recipe.method} ({shown}, weights {list(group.weights)}) is no weighted sum of task vectors, "
-            "which alone an adapter can hold",
+            f"method {recipe.method} ({shown}, weights {list(group.weights)}) makes of {name} no weighted sum of task "
+            "vectors and no low-rank one, which alone an adapter can hold",
             remedy=DENSE,
         )
-    return coefficients
+    return made
 
 
 def _check_alike(module: Module) -> None:
@@ -185,25 +227,11 @@ def _key(module: Module, factor: str) -> str:
     return f"embedding_{factor}" if module.factors.embedding else f"{factor}.weight"
 
 
-def _entry(module: Module, factor: str, base: Checkpoint) -> tuple[torch.dtype, tuple[int, int]]:
-    """(type, shape) of one factor as it will be stored, without multiplying anything."""
-    dtype, rank = torch.float32, 0
-    for adapter, _ in module.parts:
-        low_rank = adapter.low_rank(module.name)
-        assert low_rank is not None
-        dtype = torch.promote_types(dtype, torch.promote_types(low_rank.A.dtype, low_rank.B.dtype))
-        rank += low_rank.A.shape[0]
-    out, inner = base.shape(module.name)
-    if module.factors.transposed:
-        out, inner = inner, out
-    return dtype, ((rank, inner) if factor == "A" else (out, rank))
-
-
 def _config(recipe: Recipe, modules: list[Module], base: Checkpoint) -> dict[str, Any]:
     """PEFT's adapter_config.json, with alpha = rank everywhere: a scaling of 1."""
     from peft import LoraConfig
 
-    ranks = {m.factors.module: _entry(m, "A", base)[1][0] for m in modules}
+    ranks = {m.factors.module: m.entry("A", base)[1][0] for m in modules}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     unusual = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
     configs = [adapter.config for module in modules for adapter, _ in module.parts]

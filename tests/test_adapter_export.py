@@ -118,6 +118,33 @@ def test_other_methods_that_are_weighted_sums(
     assert_is_the_merge(export_adapter(recipe, tmp_path / "out"), recipe, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "params", "rank"),
+    [
+        ("lorahub", {"scale": 0.9}, 4),
+        ("lorahub", {"root": True}, 4),
+        ("knots", {"density": 0.5, "mode": "sum", "scale": 0.8}, 8),
+        ("knots", {"inner": "dare_ties"}, 8),
+    ],
+)
+def test_methods_that_make_factors_of_factors(untied: Path, tmp_path: Path, method: str, params: dict, rank: int):
+    """lorahub keeps the experts' rank, knots has at most the sum of them. A weight of zero in one group."""
+    experts = [tiny.save_lora_expert(untied, tmp_path / f"expert{t}", seed=t) for t in range(2)]
+    groups = (Group((0.6, -0.7), (0, 2)), Group((0.0, 1.2), (2, 4)))
+    recipe = recipe_of(untied, experts, *groups, method=method, params=params, seed=5)
+    out = export_adapter(recipe, tmp_path / "out")
+    assert_is_the_merge(out, recipe, tmp_path)
+    found = open_expert(out, open_checkpoint(untied))
+    ranks = {int(name.split(".")[2]): low.A.shape[0] for name in found.names if (low := found.low_rank(name))}
+    assert ranks == {0: rank, 1: rank, 2: 4, 3: 4}
+
+
+def test_what_knots_gives_the_mean_is_refused(untied: Path, tmp_path: Path):
+    folder = tiny.save_lora_expert(untied, tmp_path / "expert", seed=1, target_modules=["embed_tokens", "q_proj"])
+    recipe = recipe_of(untied, [folder], Group((0.5,)), method="knots", params={"matrices": "inner"})
+    refused(recipe, tmp_path, "embed_tokens", "--as adapter", error=MethodError)
+
+
 def test_one_adapter_at_weight_one_is_itself(lora_family: Path, tmp_path: Path):
     """Its alpha / r of 2 moves into B, which is exact: the same B A to the bit, on a bfloat16 base as well."""
     recipe = recipe_of(lora_family / "base", [lora_family / "expert0"], Group((1.0,)))

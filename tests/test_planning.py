@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from evomerge.errors import EvaluatorError, ResourceError
+from evomerge.errors import CheckpointError, EvaluatorError, ResourceError
+from evomerge.exporting import export
 from evomerge.planning import Plan, build_plan, check_device, check_local_gpus, drift
 from evomerge.progress import Progress, size
+from evomerge.recipe import Group, Recipe, Source
 from evomerge.spec import load_spec
 from evomerge.testing import engines
 
@@ -141,3 +143,21 @@ def test_where_candidates_are_written_is_no_drift(experiment):
     after = plan_of(path)
     assert after.worker.scratch == str(path.parent / "elsewhere")
     assert drift(before.fingerprint, after.fingerprint) == []
+
+
+def test_a_method_on_factors_refuses_whole_checkpoints_before_a_model_loads(experiment, dense_family):
+    space = {"method": "lorahub", "weights": {"granularity": "task", "range": [-1.5, 1.5], "initial": 0.0}}
+    assert plan_of(experiment(space=space)).space.methods == ("lorahub",)
+    with pytest.raises(CheckpointError, match=r"lorahub works on the factors .*expert0 is a whole checkpoint"):
+        plan_of(experiment(dense_family, folder="dense", space=space))
+    either = {"method": {"choices": ["ties", "lorahub"]}, "weights": {"granularity": "task", "range": [0.0, 1.5]}}
+    with pytest.raises(CheckpointError, match="whole checkpoint"):
+        plan_of(experiment(dense_family, folder="either", space=either))
+
+
+def test_a_recipe_of_a_method_on_factors_refuses_them_too(dense_family, tmp_path):
+    sources = [Source(name, str(dense_family / name)) for name in ("base", "expert0")]
+    recipe = Recipe(sources[0], (sources[1],), "lorahub", (Group((0.5,)),))
+    with pytest.raises(CheckpointError, match="whole checkpoint"):
+        export(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

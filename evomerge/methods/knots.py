@@ -62,42 +62,64 @@ class Knots(MatrixMethod):
         dtype: torch.dtype,
         info: TensorInfo,
         seed: int,
-        inner: str,
-        density: float | None,
-        mode: str,
-        **_: Any,
+        **params: Any,
     ) -> Tensor | None:
-        parts = shared_parts(base, experts, weights, dtype)
-        if parts is None:
+        taus: dict[int, Any] = {}
+        for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+            for _, tau in task_matrices(base, [expert], [weight], dtype):
+                taus[t] = tau
+        merged = _merged(taus, weights=weights, dtype=dtype, info=info, seed=seed, **params)
+        return None if merged is None else merged.B @ merged.A
+
+    def merged_factors(
+        self,
+        experts: Sequence[Any],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        seed: int,
+        matrices: str,
+        scale: float,
+        **params: Any,
+    ) -> LowRank | None:
+        """None for a tensor that gets the mean: that is a weighted sum, as ``task_arithmetic`` would write it."""
+        taus = {t: e for t, (e, w) in enumerate(zip(experts, weights, strict=True)) if isinstance(e, LowRank) and w}
+        if not self.takes(info, matrices):
             return None
-        left, right = parts
-        method, rows = INNER[inner], (left.shape[1], base.shape[1])
-        nothing = torch.zeros(rows, dtype=dtype, device=base.device)  # the base of the right parts
-        options = {"density": density if density is not None else method.params["density"].default, "mode": mode}
-        merged = method.merge(
-            nothing,
-            [right.get(t, nothing) for t in range(len(experts))],
-            weights=weights,
-            info=replace(info, shape=rows),
-            seed=seed,
-            **{key: value for key, value in options.items() if key in method.params},
-        )
-        return left.to(dtype) @ merged
+        merged = _merged(taus, weights=weights, dtype=dtype, info=info, seed=seed, **params)
+        return merged and replace(merged, scaling=scale)
 
 
-def shared_parts(
-    base: Tensor, experts: Sequence[Tensor | LowRank], weights: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, dict[int, Tensor]] | None:
-    """(U: (m, k) in float64, {t: S V_t': (k, n) in ``dtype``}) with tau_t = U S V_t'; None if there is no task vector.
-
-    Of the experts t that have a task vector and a weight. S V_t' is taken as U' tau_t, which it equals.
-    """
-    taus: dict[int, Any] = {}
-    for t, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        for _, tau in task_matrices(base, [expert], [weight], dtype):
-            taus[t] = tau
+def _merged(
+    taus: Mapping[int, Tensor | LowRank],
+    *,
+    weights: Sequence[float],
+    dtype: torch.dtype,
+    info: TensorInfo,
+    seed: int,
+    inner: str,
+    density: float | None,
+    mode: str,
+    **_: Any,
+) -> LowRank | None:
+    """U and M, in ``dtype``; None if there is no task vector, or nothing but zeros."""
     left = left_basis(list(taus.values()), dtype)
-    return (left, {t: in_basis(left, tau, dtype) for t, tau in taus.items()}) if left.shape[1] else None
+    if not left.shape[1]:
+        return None
+    right = {t: in_basis(left, tau, dtype) for t, tau in taus.items()}  # S V_t' is U' tau_t
+    method, rows = INNER[inner], (left.shape[1], info.shape[1])
+    nothing = torch.zeros(rows, dtype=dtype, device=left.device)  # the base of the right parts
+    options = {"density": method.params["density"].default if density is None else density, "mode": mode}
+    merged = method.merge(
+        nothing,
+        [right.get(t, nothing) for t in range(len(weights))],
+        weights=weights,
+        info=replace(info, shape=rows),
+        seed=seed,
+        **{key: value for key, value in options.items() if key in method.params},
+    )
+    return LowRank(left.to(dtype), merged, 1.0)
 
 
 def in_basis(left: Tensor, tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor:
