@@ -152,7 +152,7 @@ def test_a_method_on_factors_refuses_whole_checkpoints_before_a_model_loads(expe
         plan_of(experiment(dense_family, folder="dense", space=space))
     either = {"method": {"choices": ["ties", "lorahub"]}, "weights": {"granularity": "task", "range": [0.0, 1.5]}}
     with pytest.raises(CheckpointError, match="whole checkpoint"):
-        plan_of(experiment(dense_family, folder="either", space=either))
+        plan_of(experiment(dense_family, folder="either", space=either, search={"method": "random"}))
 
 
 def test_a_recipe_of_a_method_on_factors_refuses_them_too(dense_family, tmp_path):
