@@ -27,7 +27,7 @@ import functools
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge import Evaluator, EvaluatorContext, EvaluatorError, Item, Outcome, Target, TaskSpec
+from evomerge import Evaluator, EvaluatorContext, EvaluatorError, Item, Likelihoods, Outcome, Target, TaskSpec
 
 METRICS = ("acc", "loglikelihood", "margin", "neg_entropy")
 AGGREGATED = ("macro_f1", "mcc")
@@ -224,6 +224,15 @@ class Classification(Evaluator):
                 for item, values in zip(batch, _values(logits, labels), strict=True):
                     outcomes[item.id] = Outcome(item.id, values)
         return [outcomes[item_id] for item_id in item_ids]
+
+    def likelihoods(
+        self, target: Target, item_ids: Sequence[str], *, alternatives: bool = True
+    ) -> Iterator[Likelihoods]:
+        """Each class's probability by the frozen head."""
+        for item_id in item_ids:
+            item = self._items[item_id]
+            logits = self._logits(target, item.task, self._inputs(target, [item]))[0]
+            yield Likelihoods(logits.log_softmax(-1), item.data["label"])
 
     def _logits(self, target: Target, task: str, inputs: dict[str, Tensor]) -> Tensor:
         """(items, classes)"""

@@ -32,10 +32,21 @@ validation, train), ``apply_chat_template``, ``system_instruction``, ``fewshot_a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from evomerge import EvaluatorContext, HarnessEvaluator, Item, Outcome, Questionnaire, Target
+import torch
+
+from evomerge import (
+    EvaluatorContext,
+    HarnessEvaluator,
+    Item,
+    Likelihoods,
+    Outcome,
+    Questionnaire,
+    Target,
+    answer_loglikelihood,
+)
 
 
 class Harness(HarnessEvaluator):
@@ -78,3 +89,15 @@ class Harness(HarnessEvaluator):
             for item_id, answers in self._questions[name, split].answers(target.model, ids).items():
                 outcomes[item_id] = self.tasks[name].outcome(item_id, self._instances[item_id], answers)
         return [outcomes[item_id] for item_id in item_ids]
+
+    def likelihoods(
+        self, target: Target, item_ids: Sequence[str], *, alternatives: bool = True
+    ) -> Iterator[Likelihoods]:
+        """Each choice's likelihood given the context; of other tasks the target's, or the text's."""
+        for item_id in item_ids:
+            item = self._items[item_id]
+            pairs, right = self.tasks[item.task].answer_pairs(item, self._instances[item_id])
+            if not alternatives:
+                pairs, right = [pairs[right]], 0
+            answers = [answer_loglikelihood(target.model, target.tokenizer, *pair) for pair in pairs]
+            yield Likelihoods(torch.stack([log for log, _ in answers]), right, answers[right][1])

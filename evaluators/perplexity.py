@@ -26,11 +26,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge import Evaluator, EvaluatorContext, EvaluatorError, Item, Outcome, Questionnaire, Target, TaskSpec
+from evomerge import (
+    Evaluator,
+    EvaluatorContext,
+    EvaluatorError,
+    Item,
+    Likelihoods,
+    Outcome,
+    Questionnaire,
+    Target,
+    TaskSpec,
+    answer_loglikelihood,
+)
 
 METRIC = "neg_bits_per_byte"
 PERPLEXITIES = {"neg_perplexity": "tokens", "neg_word_perplexity": "words", "neg_byte_perplexity": "bytes"}
@@ -82,6 +93,15 @@ class Perplexity(Evaluator):
             if wanted:
                 found |= {i: answers[0] for i, answers in questions.answers(target.model, wanted).items()}
         return [self._outcome(self._items[item_id], found[item_id]) for item_id in item_ids]
+
+    def likelihoods(
+        self, target: Target, item_ids: Sequence[str], *, alternatives: bool = True
+    ) -> Iterator[Likelihoods]:
+        """The text's own likelihood: the one answer."""
+        for item_id in item_ids:
+            text = self._items[item_id].data["text"]
+            log, tokens = answer_loglikelihood(target.model, target.tokenizer, None, text)
+            yield Likelihoods(log[None], 0, tokens)
 
     def _outcome(self, item: Item, loglikelihood: float) -> Outcome:
         """What one text's log-likelihood in nats comes to, with what a perplexity of many texts is made of."""

@@ -252,6 +252,51 @@ def merge(
     _write_out(permit(Recipe.load(recipe), allow=allow_code), out, wanted, threads=threads, device=device)
 
 
+@app.command(epilog=_example("evomerge collect experiment.yaml --what fisher --items 256"))
+def collect(
+    experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")],
+    what: Annotated[
+        list[str] | None,
+        typer.Option("--what", help="fisher, gram or loss; by default what the methods of the space need."),
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option("--items", min=1, help="Search items of each task; by default 256, or all.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder; by default the experiment's, or statistics beside it.")
+    ] = None,
+    labels: Annotated[
+        str, typer.Option("--labels", help="Of fisher: model (the paper's: all answers, as it sees them) or right.")
+    ] = "model",
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="EXPERT=TASK: a task of an expert's own, where they are not called alike."),
+    ] = None,
+) -> None:
+    """Measure the experts, for methods that are weighted by data. On search items; a stopped run goes on."""
+    _choice("--labels", labels, ("model", "right"))
+    from evomerge.collecting import Wanted, collect
+    from evomerge.progress import Progress
+    from evomerge.spec import load_spec
+
+    tasks: dict[str, list[str]] = {}
+    for pair in task or ():
+        expert, equals, name = pair.partition("=")
+        if not equals:
+            raise UserError(f"--task is EXPERT=TASK, but is {pair!r}")
+        tasks.setdefault(expert, []).append(name)
+    spec = load_spec(experiment)
+    try:
+        made = collect(spec, Wanted(tuple(what or ()), items, out, labels, tasks), Progress())
+    except (Interrupted, KeyboardInterrupt):
+        print("Stopped. The experts that are done are kept: type the same again to go on.", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    print("\n".join(made.lines))
+    print(f"wrote {made.folder}")
+    if spec.statistics_path != made.folder:
+        print(f"Name it in the experiment or recipe:\n  statistics: {made.folder}")
+
+
 @app.command(epilog=_example("evomerge evaluate merged experiment.yaml --split test --compare"))
 def evaluate(
     target: Annotated[

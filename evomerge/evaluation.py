@@ -11,11 +11,11 @@ import numbers
 import sys
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge import installed
 from evomerge.errors import CandidateError, EvaluatorError, nearest
@@ -31,12 +31,16 @@ from evomerge.plugins import (
 )
 from evomerge.splits import SPLITS, assign_splits
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
     "SPLITS",
     "Evaluator",
     "EvaluatorContext",
     "FunctionEvaluator",
     "Item",
+    "Likelihoods",
     "Outcome",
     "Target",
     "TaskSpec",
@@ -81,6 +85,22 @@ class Outcome:
     item_id: str
     values: Mapping[str, float]
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """What a model gives the possible answers to one item, as a differentiable function of its parameters.
+
+    Attributes:
+        logs: (answers,) natural logarithms of the answers' probabilities given the item. They need not add up to 1
+            over the answers.
+        right: which answer is right.
+        tokens: how many tokens the right answer has; 1 for a class.
+    """
+
+    logs: Tensor
+    right: int
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,23 @@ class Evaluator:
     def evaluate(self, target: Target, item_ids: Sequence[str]) -> list[Outcome]:
         """One outcome for each id, in the order of ``item_ids``."""
         raise NotImplementedError
+
+    def likelihoods(
+        self, target: Target, item_ids: Sequence[str], *, alternatives: bool = True
+    ) -> Iterator[Likelihoods]:
+        """What losses and their gradients are made of: the answers' probabilities, item by item, in order. Optional.
+
+        One item's graph is alive at a time. Nothing but the item is in the model's input: no padding, no other items.
+
+        Args:
+            alternatives: False: the right answer is enough (its ``right`` is then 0 if it is alone).
+        """
+        raise NotImplementedError
+
+    @property
+    def has_likelihoods(self) -> bool:
+        """True if ``likelihoods`` is written, so that statistics of experts can be collected."""
+        return type(self).likelihoods is not Evaluator.likelihoods
 
     def aggregate(self, task: str, outcomes: Sequence[Outcome]) -> float:
         """The task's score: the weighted mean of its metric, higher is better."""

@@ -120,13 +120,13 @@ def merged_bytes(recipe: Recipe) -> int:
     return open_source(Source("", recipe=recipe)).total_bytes
 
 
-def check_room(out: Path, needed: int) -> None:
+def check_room(out: Path, needed: int, what: str = "the merge needs") -> None:
     """CheckpointError if the disk of ``out`` cannot take so many bytes: better before the work than after."""
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CheckpointError(
-            f"the merge needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB left",
+            f"{what} {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB left",
             remedy="Free some space, or choose another output folder. Nothing was written.",
         )
 

@@ -303,17 +303,45 @@ class HarnessTask:
             )
         return Outcome(item_id, values, weight=sizes.get(self.metric, 1.0))
 
+    def answer_pairs(self, item: Item, instances: Sequence[Any]) -> tuple[list[tuple[str | None, str]], int]:
+        """(context, continuation) of each possible answer, and which is right: what a loss is made of.
+
+        The choices of a multiple-choice task; for the others the one right answer. That of a task that generates is its
+        target, and that of a rolling likelihood the whole text, without a context (None).
+
+        Raises EvaluatorError if the document has no right answer.
+        """
+        doc = instances[0].doc
+        if self.kind == "multiple_choice":
+            right = self._right(doc)
+            if not right:
+                raise EvaluatorError(f"item {item.id} has no right choice, so that it has no loss", where=self.where)
+            return [instance.args[:2] for instance in instances[: len(self.lm.doc_to_choice(doc))]], right[0]
+        if self.kind == "loglikelihood_rolling":
+            return [(None, instances[0].args[0])], 0
+        if self.kind == "loglikelihood":
+            return [instances[0].args[:2]], 0
+        answer = self.lm.doc_to_target(doc)
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        if not isinstance(answer, str) or not answer:
+            raise EvaluatorError(f"item {item.id} has no target, so that it has no loss", where=self.where)
+        return [(instances[0].args[0], f"{self.lm.config.target_delimiter}{answer}")], 0
+
+    def _right(self, doc: Any) -> list[int]:
+        """The right choices of a multiple-choice document."""
+        choices = self.lm.doc_to_choice(doc)
+        gold = self.lm.doc_to_text(doc) if self.lm.multiple_input else self.lm.doc_to_target(doc)
+        golds = gold if isinstance(gold, list) else [gold]
+        right = [choices.index(g) if isinstance(g, str) and g in choices else g for g in golds]
+        return [g for g in right if isinstance(g, int) and 0 <= g < len(choices)]
+
     def _fine_values(self, doc: Any, instances: Sequence[Any]) -> dict[str, float]:
         if self.kind == "loglikelihood":
             return {"loglikelihood": instances[0].resps[0][0]}
         if self.kind != "multiple_choice":
             return {}
-        choices = self.lm.doc_to_choice(doc)
-        values = [instance.resps[0][0] for instance in instances[: len(choices)]]
-        gold = self.lm.doc_to_text(doc) if self.lm.multiple_input else self.lm.doc_to_target(doc)
-        golds = gold if isinstance(gold, list) else [gold]
-        right = [choices.index(g) if isinstance(g, str) and g in choices else g for g in golds]
-        right = [g for g in right if isinstance(g, int) and 0 <= g < len(choices)]
+        values = [instance.resps[0][0] for instance in instances[: len(self.lm.doc_to_choice(doc))]]
+        right = self._right(doc)
         wrong = [value for i, value in enumerate(values) if i not in right]
         if not right or not wrong:
             return {}

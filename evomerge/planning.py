@@ -109,10 +109,12 @@ def build_plan(
     workers: int | None = None,
     address: str | None = None,
     recorded: Mapping[str, str] | None = None,
+    statistics: bool = True,
 ) -> Plan:
     """Check everything that can be checked without loading a model, cheapest first.
 
     Args:
+        statistics: False: those that the space's methods need are not looked for. They are about to be collected.
         recorded: Hugging Face id as the experiment has it -> the same with the commit that a study recorded.
 
     Raises:
@@ -146,7 +148,8 @@ def build_plan(
     }
     unplaced = Space.from_dict(spec.space, template=unhashed, **shape)
     make_searcher(spec, unplaced)
-    require_statistics(unplaced, spec)
+    if statistics:
+        require_statistics(unplaced, spec)
     for method in unplaced.methods:
         if find_method(method, spec.code_folder).method.needs_factors:
             sources.require_factors(method)
@@ -170,7 +173,9 @@ def build_plan(
         check_scratch(scratch, here * written_bytes(sources, spec.export_dtype), workers=here)
 
     template = placed(hash_sources(unhashed, progress))
-    space = with_statistics(Space.from_dict(spec.space, template=template, **shape), spec)
+    space = Space.from_dict(spec.space, template=template, **shape)
+    if statistics:
+        space = with_statistics(space, spec)
     worker = WorkerSpec(
         folder=str(spec.folder),
         base=_plain(template.base),

@@ -13,8 +13,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from evomerge.errors import EvaluatorError
-from evomerge.scoring import Question, generate, loglikelihoods
+from evomerge.scoring import Question, generate, loglikelihood, loglikelihoods
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context and continuation, as token ids
 
@@ -120,6 +123,24 @@ class Questionnaire:
         prompts = [self._prompts[key] for key in batch]
         texts = generate(model, self._tokenizer, prompts, max_tokens=self._max_tokens, stop=self._stop)
         return [[text] for text in texts]
+
+
+def answer_loglikelihood(model: Any, tokenizer: Any, context: str | None, answer: str) -> tuple[Tensor, int]:
+    """(log-likelihood, number of tokens) of an answer given its context, or of a whole text (``context`` None).
+
+    The first is a scalar tensor that can be differentiated by the model's parameters. Tokenised and cut as everywhere
+    here; run by itself, without padding.
+
+    Raises:
+        EvaluatorError: the answer is empty or longer than the model's context.
+    """
+    length = max_length(model, tokenizer)
+    if context is None:
+        parts = rolling_windows(encode(tokenizer, answer), prefix_token(tokenizer), length)
+    else:
+        parts = [encode_pair(tokenizer, context, answer, length)]
+    logs = [loglikelihood(model, *part) for part in parts]
+    return torch.stack(logs).sum(), sum(len(continuation) for _, continuation in parts)
 
 
 def batch_layout(sizes: Mapping[str, int], batch_size: int) -> tuple[tuple[str, ...], ...]:

@@ -110,9 +110,22 @@ def _broken(path: Path, what: str) -> CheckpointError:
     )
 
 
-def write_header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself beside its tensors; nothing if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            data = json.loads(file.read(length)).get("__metadata__") if length <= MAX_HEADER else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+    return {k: v for k, v in data.items() if isinstance(v, str)} if isinstance(data, dict) else {}
+
+
+def write_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The first bytes of a file that holds ``tensors`` in this order, padded so that the data starts 8-byte aligned."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     place = 0
     for name, (dtype, shape) in tensors.items():
         end = place + math.prod(shape) * dtype.itemsize
@@ -130,8 +143,15 @@ class ShardWriter:
     then the file's. Without ``durable`` it is neither synchronised nor hashed: for files that are soon removed.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], *, durable: bool = True):
-        header = write_header(tensors)
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        *,
+        durable: bool = True,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        header = write_header(tensors, metadata)
         self.size = len(header) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
         self._durable, self._digest = durable, hashlib.sha256()
         self._written = 0

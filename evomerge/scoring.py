@@ -138,6 +138,15 @@ def loglikelihoods(model: Any, batch: Sequence[Question]) -> list[list[Scored]]:
     return [results[i] for i in range(len(batch))]
 
 
+def loglikelihood(model: Any, context: Sequence[int], continuation: Sequence[int]) -> Tensor:
+    """The natural-log likelihood of one continuation given its context (token ids), a scalar that can be
+    differentiated: one row of its own, without padding and cache."""
+    ids = torch.tensor([[*context, *continuation[:-1]]], device=model.device)
+    logits = _logits(model, ids, torch.ones_like(ids), cache=None, keep=len(continuation))[0].float()
+    targets = torch.tensor(continuation, device=logits.device)
+    return logits.log_softmax(1).gather(1, targets[:, None]).sum()
+
+
 def _score_whole(model: Any, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:
     """Each (context, continuation) pair as one row of its own."""
     results: list[Scored] = []

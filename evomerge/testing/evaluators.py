@@ -153,6 +153,29 @@ class EvaluatorContract:
             np.random.set_state(state[1])
         assert results[0] == results[1]
 
+    def test_likelihoods_are_those_of_the_outcomes_and_have_gradients(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        if not evaluator.has_likelihoods:
+            pytest.skip("it has none")
+        ids = [item.id for item in items[:4]]
+        outcomes = _outcomes(evaluator, case.target, ids)
+        weight = next(p for p in case.target.model.parameters() if p.dim() == 2).requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                found = list(evaluator.likelihoods(case.target, ids))
+                (gradient,) = torch.autograd.grad(sum(item.logs[item.right] for item in found), weight)  # type: ignore[arg-type]
+        finally:
+            weight.requires_grad_(False)
+        assert gradient.abs().sum() > 0
+        alone = list(evaluator.likelihoods(case.target, ids[::-1], alternatives=False))[::-1]
+        for item_id, item, right in zip(ids, found, alone, strict=True):
+            assert item.logs.dim() == 1 and torch.isfinite(item.logs).all() and item.tokens >= 1
+            torch.testing.assert_close(right.logs[right.right], item.logs[item.right], rtol=1e-4, atol=1e-4)
+            assert right.tokens == item.tokens
+            stated = outcomes[item_id].values.get("loglikelihood")
+            if stated is not None:
+                assert math.isclose(float(item.logs[item.right].detach()), stated, rel_tol=1e-4, abs_tol=1e-3)
+
     def test_a_checkpoint_is_only_read(self, case: EvaluatorCase) -> None:
         evaluator, items = case.prepared()
         if evaluator.needs == "model":
