@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def log_probabilities(model: nn.Module, x: Tensor):
 
 
 @pytest.mark.parametrize("labels", ["model", "right"])
-def test_fisher_is_the_mean_of_each_items_squared_gradients(network: nn.Sequential, labels: str):
+def test_fisher_is_the_mean_of_each_items_squared_gradients(network: Any, labels: str):
     """By torch.func: the Jacobian of all answers' log-probabilities, item by item."""
     inputs, right = torch.randn(7, 5), [0, 1, 2, 2, 1, 0, 0]
     evaluator, ids = Classes(inputs, right), [str(i) for i in range(7)]
@@ -75,7 +76,7 @@ def test_fisher_is_the_mean_of_each_items_squared_gradients(network: nn.Sequenti
     assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
 
 
-def test_mean_of_squares_is_not_square_of_means(network: nn.Sequential):
+def test_mean_of_squares_is_not_square_of_means(network: Any):
     """Two items whose gradients cancel still have Fisher information."""
     inputs = torch.randn(1, 5).repeat(3, 1)
     evaluator = Classes(inputs, [0, 1, 2])
@@ -87,7 +88,7 @@ def test_mean_of_squares_is_not_square_of_means(network: nn.Sequential):
         torch.testing.assert_close(all_three[name], F)
 
 
-def test_tensors_that_a_parameter_joins_get_their_own_part(network: nn.Sequential):
+def test_tensors_that_a_parameter_joins_get_their_own_part(network: Any):
     """As where a file has q, k and v apart, and the module one weight."""
     joined = network[0].weight
     views = {"q": joined.detach()[:1], "kv": joined.detach()[1:], "column": joined.detach()[:, 2]}
@@ -102,7 +103,7 @@ def test_tensors_that_a_parameter_joins_get_their_own_part(network: nn.Sequentia
     assert set(grams) == {"q", "kv"} and torch.equal(grams["q"], grams["kv"])
 
 
-def test_gram_by_hand(network: nn.Sequential):
+def test_gram_by_hand(network: Any):
     inputs = torch.randn(6, 5)
     ids = ["1", "3", "4"]
     found = measuring.gram(Classes(inputs, [0] * 6), Target(network), placed(network), ids, advance=nothing)
@@ -113,7 +114,7 @@ def test_gram_by_hand(network: nn.Sequential):
     torch.testing.assert_close(found["2.weight"].double(), hidden.T @ hidden / 3, rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_that_nothing_reaches_has_zeros(network: nn.Sequential):
+def test_a_layer_that_nothing_reaches_has_zeros(network: Any):
     network.add_module("spare", nn.Linear(3, 3))
     model = nn.Sequential(*list(network)[:3])
     model.spare = network.spare  # a child that forward of the others does not call
@@ -123,7 +124,7 @@ def test_a_layer_that_nothing_reaches_has_zeros(network: nn.Sequential):
     assert found["2.weight"].abs().sum() > 0
 
 
-def test_loss_is_by_token_and_task(network: nn.Sequential):
+def test_loss_is_by_token_and_task(network: Any):
     evaluator = Classes(torch.randn(4, 5), [0, 1, 2, 1])
     counts = []
     found = measuring.loss(
@@ -136,7 +137,7 @@ def test_loss_is_by_token_and_task(network: nn.Sequential):
     assert found["a"].dtype == torch.float64 and len(counts) == 4
 
 
-def test_numbers_that_are_not_finite_are_refused(network: nn.Sequential):
+def test_numbers_that_are_not_finite_are_refused(network: Any):
     evaluator = Classes(torch.full((1, 5), math.nan), [0])
     where = Target(network), placed(network)
     with pytest.raises(CandidateError, match=r"gradient of 0\.weight is not finite"):

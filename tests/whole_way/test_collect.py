@@ -126,7 +126,7 @@ def test_losses_are_the_studys_own(experiment: Path, server: Server):
         losses = load_file(experiment.parent / "measured" / f"expert{t}.loss.safetensors")
         control = opened.evaluation(f"control:expert:expert{t}/search", with_outcomes=True)
         for task, found in losses.items():
-            outcomes = [o for o in control.outcomes if _task(opened, o.item_id) == task]
+            outcomes = [o for o in control.outcomes or () if _task(opened, o.item_id) == task]
             by_token = [-o.values["loglikelihood"] / tokens[o.item_id] for o in outcomes]
             assert float(found) == pytest.approx(sum(by_token) / len(by_token), rel=1e-5)
 
