@@ -10,6 +10,7 @@ import yaml
 
 from evomerge.errors import SpecError
 from evomerge.hub import hub_id
+from evomerge.mergekit_tokenizer import write_tokenizer
 from evomerge.mergekit_yaml import DEFAULTS
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.stages import stages
@@ -100,6 +101,8 @@ def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[
     differing = [{k: v for k, v in p.items() if k not in data["parameters"]} for p in own]
     data["dtype"] = "float64" if recipe.export_dtype == "float64" else "float32"
     data["out_dtype"] = recipe.export_dtype
+    if recipe.tokenizer is not None:
+        data["tokenizer"] = _tokenizer(recipe, {"base": base, **paths}, base)
 
     def models(group: Group, more: Mapping[str, Any]) -> list[dict[str, Any]]:
         # A slice must name the base among its sources; beside whole models it is understood, and linear takes it for
@@ -132,6 +135,16 @@ def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[
     if not data["parameters"]:
         del data["parameters"]
     return data
+
+
+def _tokenizer(recipe: Recipe, reference_of: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    assert recipe.tokenizer is not None
+    if recipe.method == "slerp" and recipe.base is not None and _reference(recipe.base, {}) != base:
+        raise refuse("a base beside the two models of slerp, whose rows the others get for tokens that they lack")
+    try:
+        return write_tokenizer(recipe.tokenizer, reference_of)
+    except KeyError as error:
+        raise refuse(f"a token without a source ({error.args[0]})") from None
 
 
 def _conditions(groups: Sequence[Group], values: Sequence[Any]) -> Any:

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
+from evomerge.mergekit_tokenizer import read_tokenizer
 from evomerge.recipe import DTYPES, Group, Recipe, Source
 from evomerge.validation import Strict, at, short, validate
 
@@ -217,7 +218,8 @@ class _Reading:
             raise self.error("dtype", f"{dtype!r} is unknown", nearest(str(dtype), DTYPES))
         base = None if self.base is None else self.source("base", self.base)
         sources = tuple(self.source(name, path) for path, name in _names(self.experts).items())
-        written = Recipe(base, sources, self.method, groups, params, export_dtype=dtype)
+        tokenizer = read_tokenizer(self.data, self.name, where=self.where)
+        written = Recipe(base, sources, self.method, groups, params, export_dtype=dtype, tokenizer=tokenizer)
         return Recipe.from_dict(written.to_dict(), where=self.where)  # the method's own rules
 
     def check_top(self) -> None:
@@ -228,8 +230,6 @@ class _Reading:
             )
         for key, kept, what in (
             ("modules", (None, {}), "models of several modules are not supported"),
-            ("tokenizer", (None, {}), "only the base's tokenizer is supported"),
-            ("tokenizer_source", (None, "base"), "only the base's tokenizer is supported"),
             ("chat_template", (None, "auto"), "the base's chat template is kept"),
         ):
             if self.data.get(key) not in kept:
@@ -275,6 +275,17 @@ class _Reading:
         if adapter and self.place(model) != getattr(self, "base", None):
             raise self.error(key, f"the adapter {adapter} belongs to {model}, which is not the base_model")
         return self.place(adapter or model)
+
+    def name(self, key: str, reference: Any) -> str:
+        """The name in the recipe of a model that is merged, or ``base``."""
+        path, names = self.model(key, reference), _names(self.experts)
+        if path == self.base:
+            return "base"
+        if path not in names:
+            raise self.error(key, f"{path} is none of the models that are merged", "Name one of them.")
+        if names[path] in ("base", "union"):
+            raise self.error(key, f"a folder called {names[path]} cannot be told from that word", "Rename it.")
+        return names[path]
 
     def place(self, path: str) -> str:
         beside = self.folder / Path(path).expanduser()

@@ -13,6 +13,7 @@ from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import EvomergeError, SpecError
 from evomerge.mergekit_writing import to_mergekit
 from evomerge.recipe import Group, Recipe, Source
+from evomerge.tokenizer_choice import TokenizerChoice
 
 LAYERS = 4
 
@@ -173,7 +174,23 @@ MODELS = "models: [{model: EXPERT_A, parameters: {weight: 1}}, {model: EXPERT_B,
 REFUSED = {
     "a method that is not there": ("merge_method: passthrough\n" + MODELS, ["merge_method", "passthrough"]),
     "modules": ("merge_method: linear\nmodules: {text: {}}\n" + MODELS, ["modules"]),
-    "a union of tokenizers": ("merge_method: linear\ntokenizer_source: union\n" + MODELS, ["tokenizer_source"]),
+    "two tokenizers": (
+        "merge_method: linear\ntokenizer_source: union\ntokenizer: {source: base}\n" + MODELS, ["tokenizer_source"]
+    ),
+    "a tokenizer of a model that is not merged": (
+        "merge_method: linear\ntokenizer: {source: BASE}\n" + MODELS, ["tokenizer.source", "none of the models"]
+    ),
+    "an unknown key of a tokenizer": (
+        "merge_method: linear\ntokenizer: {pad_to: 3}\n" + MODELS, ["pad_to", "pad_to_multiple_of"]
+    ),
+    "a token forced to nothing": (
+        "merge_method: linear\ntokenizer: {tokens: {x: {force: true}}}\n" + MODELS, ["tokens.x", "force"]
+    ),
+    "a row of a model that is not merged": (
+        "merge_method: linear\ntokenizer: {tokens: {x: {source: {kind: model_token, model: BASE, token: y}}}}\n"
+        + MODELS,
+        ["tokens.x.source.model", "none of the models"],
+    ),
     "a chat template": ("merge_method: linear\nchat_template: chatml\n" + MODELS, ["chat_template"]),
     "no base": ("merge_method: ties\n" + MODELS, ["base_model"]),
     "an unknown key": ("merge_method: linear\nbase: x\n" + MODELS, ["'base'", "base_model"]),
@@ -309,3 +326,60 @@ def test_slerp_out_and_back_in(dense_family: Path, tensors, tmp_path: Path):
 def test_what_mergekit_cannot_say_is_refused_by_name(dense_family: Path, change: dict, words: str):
     with pytest.raises(SpecError, match=words):
         to_mergekit(recipe_of(dense_family, **change))
+
+
+TOKENS = """
+merge_method: task_arithmetic
+base_model: BASE
+models:
+  - {model: EXPERT_A, parameters: {weight: 0.5}}
+  - {model: EXPERT_B, parameters: {weight: 0.25}}
+tokenizer:
+  source: union
+  tokens:
+    <|x|>: {source: EXPERT_A, force: true}
+    <|y|>: {source: {model: {path: BASE}}}
+    <|z|>: {source: {kind: model_token, model: EXPERT_B, token_id: 7}}
+    <|0|>: {source: {kind: zero}}
+  pad_to_multiple_of: 8
+"""
+
+
+def test_tokenizers_there_and_back(read):
+    recipe = read(TOKENS)
+    assert recipe.tokenizer is not None
+    assert recipe.tokenizer.short() == {
+        "source": "union",
+        "tokens": {
+            "<|x|>": {"source": "expert0", "force": True},
+            "<|y|>": {"source": "base"},
+            "<|z|>": {"source": {"kind": "model_token", "model": "expert1", "token_id": 7}},
+            "<|0|>": {"source": {"kind": "zero"}},
+        },
+        "pad_to_multiple_of": 8,
+    }
+    assert read(yaml.safe_dump(to_mergekit(recipe))).to_dict() == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("written", "source"),
+    [
+        ("tokenizer: {}", "union"),
+        ("tokenizer_source: union", "union"),
+        ("tokenizer_source: base", "base"),
+        ("tokenizer_source: EXPERT_B", "expert1"),
+        ("tokenizer: {source: BASE}", "base"),
+        ("", None),
+    ],
+)
+def test_whose_tokens(read, written: str, source: str | None):
+    recipe = read(f"merge_method: task_arithmetic\nbase_model: BASE\n{written}\n{MODELS}")
+    assert (recipe.tokenizer and recipe.tokenizer.short()) == (source and {"source": source})
+    assert read(yaml.safe_dump(to_mergekit(recipe))).to_dict() == recipe.to_dict()
+
+
+def test_tokens_that_mergekit_needs_a_source_for(read):
+    recipe = read(TOKENS)
+    choice = TokenizerChoice.model_validate({"tokens": {"<|y|>": {}}})
+    with pytest.raises(SpecError, match=r"mergekit cannot say a token without a source \(<\|y\|>\)"):
+        to_mergekit(replace(recipe, tokenizer=choice))
