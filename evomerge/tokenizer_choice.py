@@ -76,7 +76,7 @@ class TokenizerChoice(Strict):
 
     def check(self, experts: Sequence[str], *, where: str) -> None:
         """SpecError if it names an expert that is not among ``experts``."""
-        named = [("source", self.source, (UNION, BASE))]
+        named: list[tuple[str, str, tuple[str, ...]]] = [("source", self.source, (UNION, BASE))]
         for token, entry in self.tokens.items():
             model = entry.source.model if isinstance(entry.source, RowSource) else entry.source
             if model is not None:
