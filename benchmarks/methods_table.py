@@ -144,7 +144,7 @@ def experiment(family: Family, method: str, setting: str) -> dict[str, Any]:
         NotForThis: the method cannot be run on this family.
     """
     data = family.file
-    refuse(METHODS[method], len(data["experts"]))
+    refuse(METHODS[method], [family.home / expert for expert in data["experts"].values()])
     data |= {
         "space": space(METHODS[method], setting, len(data["experts"])),
         "search": {"method": "gp", "n_startup": 4, "window": 1, "budget": family.budget, "time": family.time},
@@ -152,6 +152,8 @@ def experiment(family: Family, method: str, setting: str) -> dict[str, Any]:
     }
     if setting == "default":
         data["search"] = {"method": "random", "budget": 1}
+    if METHODS[method].statistics:
+        data["statistics"] = str((family.cache / "statistics").relative_to(family.home))
     data["evaluate"] |= {"split": dict(family.split), "finish": {"top": 1, "sweep": SWEEP}}
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     return {**data, "name": f"{family.name}.{method}.{setting}.{digest}"}
@@ -161,14 +163,14 @@ class NotForThis(Exception):
     """Why a method has no row here."""
 
 
-def refuse(method: Method, num_experts: int) -> None:
+def refuse(method: Method, experts: Sequence[Path]) -> None:
+    """NotForThis if the method takes another number or kind of experts."""
+    if method.needs_factors and not all((expert / "adapter_config.json").is_file() for expert in experts):
+        raise NotForThis("takes LoRA adapters only")
     try:
-        check_experts(method, True, num_experts)
+        check_experts(method, True, len(experts))
     except UserError as error:
-        raise NotForThis(f"{error.problem.partition(' ')[2].partition(' ')[2]}") from None
-    needed = getattr(method, "statistics", None)
-    if needed:
-        raise NotForThis(f"needs statistics ({needed}), which this table does not collect")
+        raise NotForThis(error.problem.removeprefix(f"method {method.name} ")) from None
 
 
 def space(method: Method, setting: str, num_experts: int) -> dict[str, Any]:
@@ -179,8 +181,9 @@ def space(method: Method, setting: str, num_experts: int) -> dict[str, Any]:
     """
     start = method.weight.default
     low, high = max(0.0, method.weight.low), min(max(1.5, 2 * start), method.weight.high)
+    # Where the method weighs by data the weights are shares.
     one, doubled, others = (trial_merge(method, num_experts, factors) for factors in ((1, 1), (2, 2), (1, 2)))
-    proportions, weights_count = same(one, doubled), not same(one, others)
+    proportions, weights_count = same(one, doubled) or method.statistics is not None, not same(one, others)
     weights = {"granularity": "task" if proportions else "global", "range": [low, high], "initial": start}
     params: dict[str, Any] = {}
     if setting == "search":
@@ -238,12 +241,23 @@ def run(family: Family, method: str, setting: str, progress: Progress) -> list[d
         file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
         spec = Spec.from_dict(data, family.home, path=file)
         options = Options(storage=family.store)
+        if METHODS[method].statistics:
+            measure(family, METHODS[method].statistics, progress)
         if (method, setting) != CONTROLS_FROM:
             hand_over(family, method, setting, spec, options, progress)
         store = run_study(spec, options, progress, make_pool=lambda: LocalPool(inline=True))
     except (UserError, NothingCompleted) as error:
-        return [head | {"failed": str(getattr(error, "problem", error)).partition("\n")[0]}]
+        problem = str(getattr(error, "problem", error)).partition("\n")[0]
+        return [head | {"failed": problem.replace(f"{family.home}{os.sep}", "")}]
     return rows_of(store, head, controls=(method, setting) == CONTROLS_FROM)
+
+
+def measure(family: Family, kind: str, progress: Progress) -> None:
+    """What `evomerge collect` measures of the experts, on search items; what is there is kept."""
+    from evomerge.collecting import Wanted, collect
+
+    spec = Spec.from_dict(experiment(family, *CONTROLS_FROM), family.home)
+    collect(spec, Wanted((kind,), out=family.cache / "statistics"), progress)
 
 
 def hand_over(family: Family, method: str, setting: str, spec: Spec, options: Options, progress: Progress) -> None:

@@ -52,6 +52,15 @@ def test_spaces_start_from_the_defaults_and_hold_them():
             assert how["range"][0] <= how.get("initial", default) <= how["range"][1]
 
 
+def test_reasons():
+    topics, skills = table.FAMILIES
+    with pytest.raises(table.NotForThis, match=r"^takes exactly 2 experts, but got 5$"):
+        table.experiment(topics, "slerp", "default")
+    with pytest.raises(table.NotForThis, match=r"^takes LoRA adapters only$"):
+        table.experiment(topics, "lorahub", "search")
+    assert table.experiment(skills, "lorahub", "search")["space"]["method"] == "lorahub"
+
+
 def test_where_only_proportions_count_each_expert_has_a_weight():
     assert table.space(METHODS["linear"], "search", 3)["weights"]["granularity"] == "task"
     assert table.space(METHODS["multislerp"], "search", 3)["weights"]["granularity"] == "task"
