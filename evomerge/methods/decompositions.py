@@ -58,19 +58,21 @@ def svd(matrix: Tensor | LowRank, dtype: torch.dtype, top: int | None = None, *,
     return SVD(left, S, right) if tall is matrix else SVD(right, S, left)
 
 
-def left_basis(matrices: Sequence[Tensor | LowRank], dtype: torch.dtype) -> Tensor:
-    """(m, k), float64: the left singular vectors of (m, n_t) matrices side by side, from the largest on.
+def left_basis(matrices: Sequence[Tensor | LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(U: (m, k), S: (k,)) of (m, n_t) matrices side by side, from the largest singular value on; float64.
 
     Low-rank ones enter as B L with A = L Q', Q' having orthonormal rows, so that nothing as wide as they are is made.
     No matrices, or zeros only, give k = 0. Raises as ``svd``.
     """
     columns = [_narrow(matrix) if isinstance(matrix, LowRank) else matrix for matrix in matrices]
     if not columns:
-        return torch.empty(0, 0, dtype=torch.float64)
+        return torch.empty(0, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
     side = torch.cat(columns, dim=1)
     if side.shape[0] < side.shape[1]:
-        return _decomposed(side.T, dtype)[2]
-    return svd(side, dtype).U
+        _, S, U = _decomposed(side.T, dtype)
+        return U, S
+    U, S, _ = svd(side, dtype)
+    return U, S
 
 
 def _narrow(matrix: LowRank) -> Tensor:

@@ -27,8 +27,9 @@ class Knots(MatrixMethod):
     """The task vectors side by side have one decomposition; its right parts are merged by another method.
 
     Per matrix: U S [V_1' .. V_T'] = [tau_1 .. tau_T], tau = U M with M what ``inner`` makes of the S V_t' with the
-    weights. U has a column for each singular value that is not zero. LoRA experts are decomposed by their factors, and
-    nothing of the matrix's size is made but the result.
+    weights; with ``singular_values`` after, tau = U S M with M what it makes of the V_t'. U has a column for each
+    singular value that is not zero. LoRA experts are decomposed by their factors, and nothing of the matrix's size is
+    made but the result.
     """
 
     name = "knots"
@@ -47,6 +48,13 @@ class Knots(MatrixMethod):
                 low_open=True,
             ),
             "mode": replace(MODE, meaning=f"of the inner election: {MODE.meaning}"),
+            "singular_values": Param(
+                str,
+                "before",
+                "before: they multiply the right parts before these are merged (the authors' code); after: they "
+                "multiply what has been merged of right parts of equally strong directions (the paper's words)",
+                choices=("before", "after"),
+            ),
             "matrices": ALL_MATRICES,
             "scale": SCALE,
         }
@@ -101,13 +109,15 @@ def _merged(
     inner: str,
     density: float | None,
     mode: str,
+    singular_values: str,
     **_: Any,
 ) -> LowRank | None:
-    """U and M, in ``dtype``; None if there is no task vector, or nothing but zeros."""
-    left = left_basis(list(taus.values()), dtype)
+    """U (or U S) and M, in ``dtype``; None if there is no task vector, or nothing but zeros."""
+    left, S = left_basis(list(taus.values()), dtype)
     if not left.shape[1]:
         return None
-    right = {t: in_basis(left, tau, dtype) for t, tau in taus.items()}  # S V_t' is U' tau_t
+    after = singular_values == "after"
+    right = {t: in_basis(left / S if after else left, tau, dtype) for t, tau in taus.items()}  # U' tau_t is S V_t'
     method, rows = INNER[inner], (left.shape[1], info.shape[1])
     nothing = torch.zeros(rows, dtype=dtype, device=left.device)  # the base of the right parts
     options = {"density": method.params["density"].default if density is None else density, "mode": mode}
@@ -119,7 +129,7 @@ def _merged(
         seed=seed,
         **{key: value for key, value in options.items() if key in method.params},
     )
-    return LowRank(left.to(dtype), merged, 1.0)
+    return LowRank((left * S if after else left).to(dtype), merged, 1.0)
 
 
 def in_basis(left: Tensor, tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor:

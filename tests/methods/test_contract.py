@@ -184,6 +184,7 @@ class TestKnots(MethodContract):
         {"density": 1.0, "mode": "sum"},
         {"inner": "dare_ties", "density": 0.7, "matrices": "inner"},
         {"inner": "dare_linear", "scale": 0.5},
+        {"singular_values": "after", "density": 0.5},
     )
 
 

@@ -23,22 +23,25 @@ from .references import elect_and_merge, trim
 from .test_random import documented_uniform
 
 
-def parts_of(taus: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(U, [S V_1', ...]) of U S [V_1' .. V_T'] = [tau_1 .. tau_T], without the singular values that are zero."""
+def parts_of(taus: list[np.ndarray], after: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(U, [S V_1', ...]) of U S [V_1' .. V_T'] = [tau_1 .. tau_T], without the singular values that are zero; or
+    (U S, [V_1', ...]) where they come ``after``."""
     U, S, Vh = np.linalg.svd(np.concatenate(taus, axis=1), full_matrices=False)
     rank = int((1e-11 * S[0] < S).sum())
     clear = (S[:rank] > 1e-6 * S[0]).all() and (np.diff(-S[:rank]) > 1e-5 * S[0]).all()
     if not clear:  # nearly zero, or equal: they have no basis of their own
         reject()
+    if after:
+        return U[:, :rank] * S[:rank], np.split(Vh[:rank], len(taus), axis=1)
     return U[:, :rank], np.split(S[:rank, None] * Vh[:rank], len(taus), axis=1)
 
 
-def knots(family: Family, inner: str, density: float, mode: str, seed: int) -> np.ndarray:
+def knots(family: Family, inner: str, density: float, mode: str, seed: int, after: bool = False) -> np.ndarray:
     """Stoica et al., section 4: the right parts merged by TIES, by DARE, or by DARE and TIES."""
     numbered = [(t, w, tau) for t, (w, tau) in enumerate(zip(family.weights, family.taus, strict=True)) if w != 0]
     if not any(tau.any() for _, _, tau in numbered):
         return np.zeros_like(family.base)
-    U, parts = parts_of([tau for _, _, tau in numbered])
+    U, parts = parts_of([tau for _, _, tau in numbered], after)
     weights = [w for _, w, _ in numbered]
     clear = True
     if inner == "ties":
@@ -75,12 +78,14 @@ def assert_like(merged: np.ndarray, family: Family, tau: np.ndarray) -> None:
     st.sampled_from(["mean", "sum"]),
     st.floats(-1, 2),
     st.integers(0, 2**40),
+    st.booleans(),
 )
-def test_knots(family: Family, inner: str, density: float, mode: str, scale: float, seed: int):
+def test_knots(family: Family, inner: str, density: float, mode: str, scale: float, seed: int, after: bool):
     assume(kept(family))
-    expected = scale * knots(family, inner, density, mode, seed)
-    merged = family.merge("knots", inner=inner, density=density, mode=mode, scale=scale, seed=seed)
-    assert_like(merged, family, expected)
+    expected = scale * knots(family, inner, density, mode, seed, after)
+    place = "after" if after else "before"
+    options = {"inner": inner, "density": density, "mode": mode, "singular_values": place, "scale": scale}
+    assert_like(family.merge("knots", seed=seed, **options), family, expected)
 
 
 @given(matrix_families())
@@ -149,7 +154,7 @@ def test_adapters_are_not_multiplied_out():
     with Largest() as made:
         tau = METHODS["knots"].combine_matrix(  # pyright: ignore[reportAttributeAccessIssue]
             base, fresh, weights=[1.0] * 8, dtype=torch.float32, info=TensorInfo("w", shape=(m, n)), seed=0,
-            inner="ties", density=0.2, mode="mean",
+            inner="ties", density=0.2, mode="mean", singular_values="before",
         )  # fmt: skip
     assert tau.shape == (m, n)
     assert sorted(made.sizes)[-1] == m * n
