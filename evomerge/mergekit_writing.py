@@ -8,10 +8,9 @@ from typing import Any
 
 import yaml
 
-from evomerge.errors import SpecError
 from evomerge.hub import hub_id
+from evomerge.mergekit_methods import COUNTERPARTS, refuse
 from evomerge.mergekit_tokenizer import write_tokenizer
-from evomerge.mergekit_yaml import DEFAULTS
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.stages import stages
 
@@ -39,10 +38,6 @@ def to_mergekit(recipe: Recipe, *, is_adapter: Callable[[str], bool] = lambda pa
     if stages(recipe):
         raise refuse("merges of merges in one configuration")
     return _document(recipe, is_adapter, {})
-
-
-def refuse(what: str) -> SpecError:
-    return SpecError(f"mergekit cannot say {what}", remedy="Keep the recipe.yaml; `evomerge merge` reads it.")
 
 
 def _stage_names(recipe: Recipe) -> dict[str, str]:
@@ -78,25 +73,26 @@ def _reference(source: Source, names: Mapping[str, str], adapter_of: Source | No
 
 def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[str, str]) -> dict[str, Any]:
     """One configuration."""
-    if recipe.method not in DEFAULTS or recipe.code is not None:
+    if recipe.method not in COUNTERPARTS or recipe.code is not None:
         raise refuse(f"method {recipe.method}")
     if any(group.kinds for group in recipe.groups):
         raise refuse("groups by kind of module")
+    counterpart = COUNTERPARTS[recipe.method]
+    params = recipe.to_dict()["params"]
+    settings = [{**params, **group.params} for group in recipe.groups]
     base = None if recipe.base is None else _reference(recipe.base, names)
     paths = {
         s.name: _reference(s, names, recipe.base if s.recipe is None and is_adapter(s.path) else None)
         for s in recipe.experts
     }
     data: dict[str, Any] = {"merge_method": recipe.method}
-    if recipe.method == "slerp":
+    if counterpart.base == "first":
         base = paths[recipe.experts[0].name]
+    elif recipe.method != "linear" and (counterpart.base == "model" or _origins(settings) == {"zero"}):
+        base = None  # mergekit would merge it with the others, or start task vectors there
     if base is not None:
         data["base_model"] = base
-    params = recipe.to_dict()["params"]
-    own = [_to_params(recipe.method, {**params, **group.params}) for group in recipe.groups]
-    if recipe.method == "slerp":  # where t is not given, the proportion of the weights is meant
-        by_weights = [group.weights[1] / sum(group.weights) for group in recipe.groups]
-        own = [{"t": t if p["t"] is None else p["t"]} for p, t in zip(own, by_weights, strict=True)]
+    own = [counterpart.write(group.weights, p) for group, p in zip(recipe.groups, settings, strict=True)]
     data["parameters"] = {k: v for k, v in own[0].items() if all(p[k] == v for p in own)}
     differing = [{k: v for k, v in p.items() if k not in data["parameters"]} for p in own]
     data["dtype"] = "float64" if recipe.export_dtype == "float64" else "float32"
@@ -114,7 +110,7 @@ def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[
                 entries[0]["parameters"] = {"weight": 0.0}
         for source, weight in zip(recipe.experts, group.weights, strict=True):
             entry = {"model": paths[source.name], **more}
-            entries.append(entry if recipe.method == "slerp" else {**entry, "parameters": {"weight": weight}})
+            entries.append({**entry, "parameters": {counterpart.weight: weight}} if counterpart.weight else entry)
         return entries
 
     groups = recipe.groups
@@ -175,23 +171,9 @@ def _check_filters(recipe: Recipe) -> None:
                 raise refuse(f"the tensor {name} alone, whose name is a part of {other}")
 
 
-def _to_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """evomerge's parameters as mergekit's."""
-    if method == "slerp":
-        return {"t": params["t"]}
-    if method == "linear":
-        return {"normalize": params["normalize"]}
-    found: dict[str, Any] = {"lambda": params["scale"], "normalize": False}
-    if method in ("ties", "dare_ties"):
-        if not params["normalize"] and params["mode"] == "mean":
-            raise refuse("the mean over the experts that agree (mode: mean)")
-        found["normalize"] = params["normalize"]
-    if method == "ties" and params["scope"] != "tensor" and params["density"] != 1:
-        raise refuse("thresholds over the whole model (scope: model)")
-    if "density" in params:
-        found["density"] = params["density"]
-    if "rescale" in params:
-        if params["rescale"] != "l1" and params["density"] != 1:
-            raise refuse("DARE's own rescaling by 1 / density (rescale: density)")
-        found["rescale"] = True
+def _origins(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Where the vectors start, for the methods that can choose; mergekit knows one place for the whole merge."""
+    found = {params["origin"] for params in settings if "origin" in params}
+    if len(found) > 1:
+        raise refuse("vectors that start at the base in some groups and at zero in others (origin)")
     return found

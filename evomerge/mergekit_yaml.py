@@ -9,39 +9,18 @@ differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from evomerge.errors import SpecError, nearest
+from evomerge.errors import MethodError, SpecError, nearest
+from evomerge.mergekit_methods import COUNTERPARTS, REQUIRED
 from evomerge.mergekit_tokenizer import read_tokenizer
 from evomerge.recipe import DTYPES, Group, Recipe, Source
 from evomerge.validation import Strict, at, short, validate
-
-# method -> defaults of the parameters that are read for it
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "linear": {"normalize": True},
-    "task_arithmetic": {"normalize": False, "lambda": 1.0},
-    "ties": {"normalize": True, "lambda": 1.0, "density": 1.0},
-    "dare_linear": {"normalize": False, "lambda": 1.0, "density": 1.0, "rescale": True},
-    "dare_ties": {"normalize": False, "lambda": 1.0, "density": 1.0, "rescale": True},
-    "slerp": {"t": None},
-}
-PER_MODEL = ("weight", "density")  # what a model may have of its own
-# Declared by mergekit and without effect on the merge: how it keeps its masks; what it shares with other methods.
-WITHOUT_EFFECT: Mapping[str, Sequence[str]] = {
-    "task_arithmetic": ("int8_mask", "density", "rescale"),
-    **dict.fromkeys(("ties", "dare_linear", "dare_ties"), ("int8_mask",)),
-}
-
-
-def parameters_of(method: str) -> tuple[str, ...]:
-    """The parameters that a configuration of ``method`` may have."""
-    weights = () if method == "slerp" else ("weight",)
-    return (*weights, *DEFAULTS[method], *WITHOUT_EFFECT.get(method, ()))
 
 
 def _check_setting(value: Any) -> Any:
@@ -195,11 +174,13 @@ class _Reading:
 
     def recipe(self) -> Recipe:
         from evomerge.merging import open_source
+        from evomerge.methods import METHODS
 
         self.method = str(self.data["merge_method"])
         self.check_top()
+        self.counterpart = COUNTERPARTS[self.method]
         self.base = self.model("base_model", self.data["base_model"]) if self.data.get("base_model") else None
-        if self.base is None and self.method != "linear":
+        if self.base is None and self.counterpart.base in ("needed", "first"):
             raise self.error("base_model", f"method {self.method} needs a base_model")
         slices = self.slices()
         self.check_parameters(slices)
@@ -219,14 +200,22 @@ class _Reading:
         base = None if self.base is None else self.source("base", self.base)
         sources = tuple(self.source(name, path) for path, name in _names(self.experts).items())
         tokenizer = read_tokenizer(self.data, self.name, where=self.where)
-        written = Recipe(base, sources, self.method, groups, params, export_dtype=dtype, tokenizer=tokenizer)
-        return Recipe.from_dict(written.to_dict(), where=self.where)  # the method's own rules
+        if "origin" in METHODS[self.method].params:
+            params["origin"] = "zero" if base is None else "base"
+        method = self.method
+        if method == "passthrough" and len(sources) > 1:  # layers of several models, none of them moved
+            method, params = "linear", {**params, "normalize": False}
+        written = Recipe(base, sources, method, groups, params, export_dtype=dtype, tokenizer=tokenizer)
+        try:
+            return Recipe.from_dict(written.to_dict(), where=self.where)
+        except MethodError as error:  # the method's own rules
+            raise self.error("", error.problem, error.remedy) from error
 
     def check_top(self) -> None:
         """The method, and what says something about architecture or vocabulary."""
-        if self.method not in DEFAULTS:
+        if self.method not in COUNTERPARTS:
             raise self.error(
-                "merge_method", f"evomerge has no counterpart of {self.method!r}", nearest(self.method, DEFAULTS)
+                "merge_method", f"evomerge has no counterpart of {self.method!r}", nearest(self.method, COUNTERPARTS)
             )
         for key, kept, what in (
             ("modules", (None, {}), "models of several modules are not supported"),
@@ -239,7 +228,7 @@ class _Reading:
         sources = [source for entry in slices for source in entry["sources"]]
         for parameters in (self.data.get("parameters") or {}, *(e["parameters"] for e in [*slices, *sources])):
             for key in parameters:
-                if key not in parameters_of(self.method):
+                if key not in self.counterpart.parameters:
                     raise self.error(
                         f"parameters.{key}", f"method {self.method} has no parameter {key!r} that evomerge knows"
                     )
@@ -326,17 +315,21 @@ class _Reading:
     def expert_paths(self, slices: Sequence[Mapping[str, Any]]) -> list[str]:
         """The models that are merged. Task vectors of the base itself are zero, so it is none of them."""
         models = [[source["model"] for source in entry["sources"]] for entry in slices]
-        if any(sorted(other) != sorted(models[0]) for other in models):
+        paths = list(dict.fromkeys(path for entry in models for path in entry))
+        if self.method == "passthrough":
+            beside = self.data.get("models") and self.base not in (None, *paths)  # mergekit takes it for a second one
+            if beside or any(len(entry) > 1 for entry in models):
+                raise self.error("", "passthrough takes one model" + (" a slice" if self.data.get("slices") else ""))
+        elif any(sorted(other) != sorted(models[0]) for other in models):
             raise self.error("slices", "all slices must merge the same models", "Give a model the weight 0 instead.")
-        paths = list(dict.fromkeys(models[0]))
-        if len(paths) < len(models[0]):
+        elif len(paths) < len(models[0]):
             raise self.error("", "a model is named twice", "Name each model once.")
-        if self.method == "slerp":  # from the base to the other
+        if self.counterpart.base == "first":  # from the base to the other
             others = [path for path in paths if path != self.base]
             if len(others) != 1 or self.base is None:
                 raise self.error("models", "slerp needs the base_model and one other model")
             return [self.base, *others]
-        if self.method == "linear":  # a base beside whole models is one of them
+        if self.counterpart.base == "model":  # a base beside whole models is one of them
             return [*paths, self.base] if self.base and self.base not in paths and self.data.get("models") else paths
         return [path for path in paths if path != self.base]
 
@@ -361,24 +354,39 @@ class _Reading:
                     return found
             return default
 
-        values = {k: value(k, None, default) for k, default in DEFAULTS[self.method].items() if k not in PER_MODEL}
-        if self.method == "slerp":
-            if values["t"] is None:
-                raise self.error("parameters.t", f"slerp needs t, and {name} has none")
-            return (1.0, 1.0), tuple(values.items())
-        weights = [value("weight", model, None) for model in self.experts]
-        for model, weight in zip(self.experts, weights, strict=True):
-            if not isinstance(weight, int | float):
-                raise self.error("parameters.weight", f"{model} has no weight for the tensor {name}")
-        if "density" in DEFAULTS[self.method]:
-            densities = {value("density", model, 1.0) for model in self.experts}
-            if len(densities) > 1:
+        values = {key: value(key, None, default) for key, default in self.counterpart.shared.items()}
+        for key, found in values.items():
+            if found is REQUIRED:
+                raise self.error(f"parameters.{key}", f"{self.method} needs {key}, and {name} has none")
+        weights = [self.weight(model, name, value, model in own) for model in self.experts]
+        for key, default in self.counterpart.per_model.items():
+            several = {value(key, model, default) for model in self.experts}
+            if len(several) > 1:
                 raise self.error(
-                    "parameters.density",
-                    f"all models must have one density, but for {name} they have {sorted(densities)}",
+                    f"parameters.{key}",
+                    f"all models must have one {key}, but for {name} they have {sorted(several, key=str)}",
                 )
-            values["density"] = densities.pop()
-        return self.translated([float(weight) for weight in weights], values)
+            values[key] = several.pop()
+        for key, found in values.items():
+            if isinstance(found, str):
+                raise self.error(f"parameters.{key}", f"it must be a number or true or false, but is {found!r}")
+
+        def fail(key: str, problem: str) -> NoReturn:
+            raise self.error(f"parameters.{key}", problem)
+
+        weights, params = self.counterpart.read(weights, values, fail)
+        return tuple(weights), tuple(params.items())
+
+    def weight(self, model: str, name: str, value: Callable[..., Any], named: bool) -> float:
+        """What a model counts for one tensor, in mergekit's numbers."""
+        if not self.counterpart.weight:
+            return 1.0
+        if not named and self.method == "passthrough":  # another slice's model
+            return 0.0
+        weight = value(self.counterpart.weight, model, self.counterpart.weight_default)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise self.error(f"parameters.{self.counterpart.weight}", f"{model} has no weight for the tensor {name}")
+        return float(weight)
 
     def without_idle_base(self, settings: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         """A base that a linear merge gives no weight is there for its tokenizer, and none of the experts."""
@@ -389,26 +397,6 @@ class _Reading:
             return settings
         self.experts = [path for path in self.experts if path != self.base]
         return {name: (w[:place] + w[place + 1 :], params) for name, (w, params) in settings.items()}
-
-    def translated(self, weights: list[float], values: dict[str, Any]) -> tuple[Any, ...]:
-        """mergekit's numbers as evomerge's: (weights, parameters as pairs)."""
-        params: dict[str, Any] = {}
-        if self.method == "linear":
-            return tuple(weights), (("normalize", values["normalize"]),)
-        params["scale"] = float(values["lambda"])
-        if self.method in ("task_arithmetic", "dare_linear"):
-            total = sum(weights)
-            if values["normalize"] and abs(total) >= 1e-8:
-                weights = [weight / total for weight in weights]
-        else:
-            params |= {"normalize": values["normalize"], "mode": "sum"}
-        if "density" in values:
-            params["density"] = float(values["density"])
-        if "rescale" in values:
-            if not values["rescale"] and values["density"] != 1:
-                raise self.error("parameters.rescale", "DARE without rescaling is not supported")
-            params["rescale"] = "l1"
-        return tuple(weights), tuple(params.items())
 
     def groups(
         self, settings: Mapping[str, tuple[Any, ...]], reference: Any

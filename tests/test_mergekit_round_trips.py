@@ -129,6 +129,53 @@ base_model: BASE
 out_dtype: float32
 dtype: bfloat16
 """,
+    "sce as its authors have it": """
+models:
+  - model: BASE
+  - model: MODEL_A
+  - model: MODEL_B
+merge_method: sce
+base_model: BASE
+parameters: {select_topk: 0.1}
+dtype: bfloat16
+""",
+    "model_stock": """
+models: [{model: MODEL_A}, {model: MODEL_B}]
+merge_method: model_stock
+base_model: BASE
+dtype: bfloat16
+""",
+    "nuslerp of task vectors": """
+models:
+  - {model: MODEL_A, parameters: {weight: 0.5}}
+  - {model: MODEL_B, parameters: {weight: [0.5, 1]}}
+merge_method: nuslerp
+base_model: BASE
+parameters: {nuslerp_flatten: false}
+dtype: bfloat16
+""",
+    "karcher": """
+models: [{model: MODEL_A}, {model: MODEL_B}]
+merge_method: karcher
+parameters: {max_iter: 20, tol: [1.0e-9, 0.1]}
+dtype: bfloat16
+""",
+    "layers of two models": """
+slices:
+  - sources: [{model: MODEL_A, layer_range: [0, 3], parameters: {scale: [{filter: o_proj, value: 0.5}, {value: 1}]}}]
+  - sources: [{model: MODEL_B, layer_range: [3, 4]}]
+merge_method: passthrough
+dtype: bfloat16
+""",
+    "della": """
+models:
+  - {model: MODEL_A, parameters: {weight: 0.4}}
+  - {model: MODEL_B, parameters: {weight: 0.3}}
+merge_method: della
+base_model: BASE
+parameters: {density: [0.5, 0.7], epsilon: 0.1, lambda: 1.1}
+dtype: float32
+""",
     "models written out": """
 models:
   - {model: {model: {path: MODEL_A}}, parameters: {weight: 0.4}}
@@ -215,7 +262,7 @@ slices:
 merge_method: passthrough
 dtype: float16
 """,
-        ["merge_method", "passthrough"],
+        ["slices[1]", "1 to 4", "out of order"],
     ),
     "a frankenmerge by linear": (
         """
@@ -312,6 +359,7 @@ def setting(one: st.SearchStrategy, several: st.SearchStrategy) -> st.SearchStra
 
 weights = setting(number, gradient)
 densities = setting(share, st.lists(share, min_size=1, max_size=4))
+drops = setting(st.floats(0.3, 0.7), st.lists(st.floats(0.3, 0.7), min_size=1, max_size=4))
 shared_by = {
     "linear": {"normalize": st.booleans()},
     "task_arithmetic": {"normalize": st.booleans(), "lambda": weights},
@@ -319,32 +367,44 @@ shared_by = {
     "dare_linear": {"lambda": number, "density": densities, "rescale": st.just(True)},
     "dare_ties": {"normalize": st.booleans(), "density": densities},
     "slerp": {"t": setting(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4))},
+    "nuslerp": {"nuslerp_flatten": st.booleans(), "nuslerp_row_wise": st.booleans()},
+    "multislerp": {"normalize_weights": st.booleans()},
+    "karcher": {"max_iter": st.integers(0, 10), "tol": setting(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1))},
+    "model_stock": {"filter_wise": st.booleans()},
+    "sce": {"select_topk": setting(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4))},
+    "ram": {"epsilon": setting(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4))},
+    "breadcrumbs": {"normalize": st.booleans(), "density": densities, "gamma": st.floats(0, 1), "lambda": number},
+    "breadcrumbs_ties": {"normalize": st.booleans(), "density": densities, "gamma": densities},
+    "della": {"normalize": st.booleans(), "density": drops, "epsilon": st.floats(0, 0.2), "lambda": number},
+    "della_linear": {"density": drops, "epsilon": st.floats(0.01, 0.2)},
 }
+UNWEIGHTED = {"slerp", "karcher", "model_stock", "sce", "ram"}
 
 
 @st.composite
 def configurations(draw) -> dict[str, Any]:
     """mergekit configurations of whole models, or of slices that are all layers in order."""
     method = draw(st.sampled_from(sorted(shared_by)))
-    needed = {"t"} if method == "slerp" else set()
+    needed = {"t"} if method == "slerp" else {"density", "epsilon"} if "della" in method else set()
+    baseless = method in ("linear", "karcher") or (method in ("nuslerp", "multislerp") and draw(st.booleans()))
     shared = shared_by[method]
 
     def parameters(*always: str) -> dict[str, Any]:
         return {k: draw(v) for k, v in shared.items() if k in always or draw(st.booleans())}
 
     def source(model: str, more: dict[str, Any]) -> dict[str, Any]:
-        own = {} if method == "slerp" or model == "BASE" else {"parameters": {"weight": draw(weights)}}
+        own = {} if method in UNWEIGHTED or model == "BASE" else {"parameters": {"weight": draw(weights)}}
         return {"model": model, **more, **own}
 
     models = ["MODEL_A"] if method == "slerp" else ["MODEL_A", "MODEL_B"]
     data: dict[str, Any] = {"merge_method": method, "parameters": parameters(*needed)}
-    if method != "linear":
+    if not baseless:
         data["base_model"] = "BASE"
     if draw(st.booleans()):
-        models = models if method == "linear" or draw(st.booleans()) else ["BASE", *models]
+        models = models if baseless or draw(st.booleans()) else ["BASE", *models]
         data["models"] = [source(model, {}) for model in models]
     else:
-        models = models if method == "linear" else ["BASE", *models]
+        models = models if baseless else ["BASE", *models]
         cuts = draw(st.lists(st.integers(1, LAYERS - 1), unique=True).map(sorted))
         spans = list(zip([0, *cuts], [*cuts, LAYERS], strict=True))
         data["slices"] = [
@@ -365,10 +425,12 @@ def effect(recipe: Recipe, tensors: Checkpoint) -> dict[str, tuple[Any, ...]]:
         if recipe.method == "slerp":
             t = params["t"]
             own, params = (), {"t": own[1] / sum(own) if t is None else t}
+        if recipe.method == "karcher":  # only the weights' proportions count
+            own = tuple(weight / sum(own) for weight in own)
         if params.get("normalize") or recipe.method == "linear":
             params.pop("mode", None)
         if params.get("density") == 1:
-            params = {k: v for k, v in params.items() if k not in ("scope", "rescale")}
+            params = {k: v for k, v in params.items() if k not in ("scope", "rescale", "gamma", "epsilon")}
         found[name] = (own, params)
     return found
 
@@ -398,7 +460,23 @@ METHODS: dict[str, dict[str, st.SearchStrategy]] = {
     },
     "slerp": {"t": st.none() | st.floats(0, 1)},
     "random_vectors": {"scale": number},
+    "nuslerp": {"vectors": st.sampled_from(["tensor", "rows", "columns"]), "origin": st.sampled_from(["zero", "base"])},
+    "multislerp": {"normalize": st.booleans(), "origin": st.sampled_from(["zero", "base"])},
+    "karcher": {"steps": st.integers(0, 12), "tol": st.floats(0, 0.1)},
+    "model_stock": {"vectors": st.sampled_from(["tensor", "rows"])},
+    "sce": {"select_topk": st.floats(0, 1), "floor": st.just(1e-6), "scale": st.sampled_from([1.0, 2.0])},
+    "ram": {"epsilon": st.floats(0, 1), "scale": st.sampled_from([1.0, 0.5])},
+    "breadcrumbs": {"density": share, "gamma": st.floats(0, 1), "scale": number},
+    "breadcrumbs_ties": {
+        "density": share, "gamma": st.floats(0, 1), "mode": st.sampled_from(["mean", "sum"]),
+    },
+    "della": {
+        "density": st.floats(0.4, 0.8), "epsilon": st.floats(0, 0.2), "normalize": st.booleans(),
+        "mode": st.sampled_from(["mean", "sum"]), "rescale": st.sampled_from(["l1", "probability"]),
+    },
+    "della_linear": {"density": st.floats(0.4, 0.8), "rescale": st.sampled_from(["l1", "probability"])},
 }  # fmt: skip
+ONES = {"model_stock", "sce", "ram", "karcher"}  # mostly drawn with weights that mergekit can say
 
 
 @st.composite
@@ -410,8 +488,8 @@ def recipes(draw, family: Path) -> Recipe:
     def parameters() -> dict[str, Any]:
         return {key: draw(value) for key, value in METHODS[method].items() if draw(st.booleans())}
 
-    own = st.floats(0.1, 2) if method == "slerp" else number
-    pair = st.tuples(own, own)
+    own = st.floats(0.1, 2) if method in ("slerp", "nuslerp", "karcher") else number
+    pair = st.just((1.0, 1.0)) if method in ONES and draw(st.integers(0, 3)) else st.tuples(own, own)
     shape = draw(st.sampled_from(["one", "layers", "tensors", "kinds", "both"]))
     groups: list[Group] = []
     if shape in ("layers", "both"):
@@ -450,6 +528,12 @@ def test_any_recipe_is_said_exactly_or_refused_by_name(dense_family: Path, data)
             "mode: mean": lambda: any(p["mode"] == "mean" and not p["normalize"] for p in groups),
             "scope: model": lambda: any(p["scope"] == "model" and p["density"] != 1 for p in groups),
             "rescale: density": lambda: any(p["rescale"] == "density" and p["density"] != 1 for p in groups),
+            "rescale: probability": lambda: any(p["rescale"] == "probability" for p in groups),
+            "(density + epsilon)": lambda: any(p["density"] + p["epsilon"] >= 1 for p in groups),
+            " weights ": lambda: recipe.method in ONES and any(group.weights != (1.0, 1.0) for group in recipe.groups),
+            "a floor": lambda: any(p["floor"] != 1e-6 for p in groups),
+            "a scale": lambda: any(p["scale"] != 1 for p in groups),
+            "(origin)": lambda: len({p["origin"] for p in groups}) > 1,
         }
         (reason,) = [reason for reason in reasons if reason in str(error)]
         assert reasons[reason]()

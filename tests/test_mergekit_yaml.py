@@ -11,7 +11,9 @@ import yaml
 
 from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import EvomergeError, SpecError
+from evomerge.mergekit_methods import COUNTERPARTS
 from evomerge.mergekit_writing import to_mergekit
+from evomerge.methods import METHODS
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.tokenizer_choice import TokenizerChoice
 
@@ -170,9 +172,118 @@ def test_adapters(read, lora_family: Path):
     assert recipe.experts == (Source("expert0", str(lora_family / "expert0")),)
 
 
+TWO = "models: [{model: EXPERT_A}, {model: EXPERT_B}]"
+ONE = "models: [{model: EXPERT_A}]"
+WEIGHTED = "models: [{model: EXPERT_A, parameters: {weight: 1}}, {model: EXPERT_B, parameters: {weight: 3}}]"
+BASE = "base_model: BASE"
+DROPPED = {"density": 0.6, "rescale": "l1", "scale": 0.5}
+# mergekit's method, its configuration, and evomerge's (weights, parameters): defaults first, then all that can be set.
+MEANINGS: list[tuple[str, str, str, tuple[float, ...], dict[str, Any]]] = [
+    ("nuslerp", WEIGHTED, "", (1.0, 3.0), {"vectors": "tensor", "origin": "zero"}),
+    ("nuslerp", f"{WEIGHTED}\n{BASE}", "nuslerp_flatten: false", (1.0, 3.0), {"vectors": "rows", "origin": "base"}),
+    ("nuslerp", WEIGHTED.replace("3", "-1"), "nuslerp_flatten: false, nuslerp_row_wise: true", (1.0, 1.0),
+     {"vectors": "columns", "origin": "zero"}),
+    ("multislerp", WEIGHTED, "", (1.0, 3.0), {"normalize": True, "origin": "zero"}),
+    ("multislerp", f"{WEIGHTED}\n{BASE}", "normalize_weights: false, eps: 1.0e-8", (1.0, 3.0),
+     {"normalize": False, "origin": "base"}),
+    ("karcher", TWO, "", (1.0, 1.0), {"steps": 10, "tol": 1e-5}),
+    ("karcher", f"{TWO}\n{BASE}", "max_iter: 3, tol: 0.01", (1.0, 1.0, 1.0), {"steps": 3, "tol": 0.01}),
+    ("passthrough", ONE, "", (1.0,), {}),
+    ("passthrough", ONE, "scale: 0.5", (0.5,), {}),
+    ("model_stock", f"{TWO}\n{BASE}", "", (1.0, 1.0), {"vectors": "tensor"}),
+    ("model_stock", f"{TWO}\n{BASE}", "filter_wise: true", (1.0, 1.0), {"vectors": "rows"}),
+    ("nearswap", f"{ONE}\n{BASE}", "t: 0.02", (1.0,), {"t": 0.02}),
+    ("arcee_fusion", f"{ONE}\n{BASE}", "", (1.0,), {}),
+    ("sce", f"{TWO}\n{BASE}", "", (1.0, 1.0), {"select_topk": 1.0, "floor": 1e-6, "scale": 1.0}),
+    ("sce", f"{TWO}\n{BASE}", "select_topk: 0.1, int8_mask: true", (1.0, 1.0),
+     {"select_topk": 0.1, "floor": 1e-6, "scale": 1.0}),
+    ("ram", f"{TWO}\n{BASE}", "", (1.0, 1.0), {"epsilon": 1e-5, "scale": 1.0}),
+    ("breadcrumbs", f"{WEIGHTED}\n{BASE}", "", (1.0, 3.0), {"density": 1.0, "gamma": 0.01, "scale": 1.0}),
+    ("breadcrumbs", f"{WEIGHTED}\n{BASE}", "density: 0.9, gamma: 0.02, lambda: 0.5, normalize: true", (0.25, 0.75),
+     {"density": 0.9, "gamma": 0.02, "scale": 0.5}),
+    ("breadcrumbs_ties", f"{WEIGHTED}\n{BASE}", "density: 0.9, normalize: true", (1.0, 3.0),
+     {"density": 0.9, "gamma": 0.01, "mode": "sum", "normalize": True, "scale": 1.0}),
+    ("della", f"{WEIGHTED}\n{BASE}", "density: 0.6, lambda: 0.5", (1.0, 3.0),
+     {**DROPPED, "epsilon": 0.15, "mode": "sum", "normalize": True}),
+    ("della_linear", f"{WEIGHTED}\n{BASE}", "density: 0.6, lambda: 0.5, epsilon: 0.1", (1.0, 3.0),
+     {**DROPPED, "epsilon": 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "models", "parameters", "weights", "params"), MEANINGS)
+def test_what_mergekits_methods_mean(
+    read, method: str, models: str, parameters: str, weights: tuple[float, ...], params: dict[str, Any]
+):
+    recipe = read(f"merge_method: {method}\n{models}\nparameters: {{{parameters}}}")
+    assert (recipe.method, recipe.groups, recipe.to_dict()["params"]) == (method, (Group(weights),), params)
+    assert (recipe.base is None) == (BASE not in models)
+
+
+def test_every_method_of_mergekits_that_evomerge_has_is_tested_here():
+    above = {"linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties"}
+    tested = {method for method, *_ in MEANINGS} | above
+    assert tested == set(COUNTERPARTS)
+    assert tested <= set(METHODS)
+
+
+def test_passthrough_of_layers_that_stay_in_their_places(read, tensors):
+    """Slices of several models, each layer where it was: a linear merge with one model a layer."""
+    recipe = read("""
+merge_method: passthrough
+slices:
+  - sources: [{model: EXPERT_A, layer_range: [0, 1]}]
+  - sources: [{model: EXPERT_B, layer_range: [1, 4], parameters: {scale: [{filter: down, value: 0.5}, {value: 1}]}}]
+""")
+    assert (recipe.method, recipe.params["normalize"], recipe.base) == ("linear", False, None)
+    for name, expected in (
+        ("model.embed_tokens.weight", (1.0, 0.0)),
+        ("model.layers.0.mlp.down_proj.weight", (1.0, 0.0)),
+        ("model.layers.1.mlp.up_proj.weight", (0.0, 1.0)),
+        ("model.layers.1.mlp.down_proj.weight", (0.0, 0.5)),
+        ("model.norm.weight", (0.0, 1.0)),
+    ):
+        assert numbers(recipe, tensors, name)[0] == expected, name
+
+
 MODELS = "models: [{model: EXPERT_A, parameters: {weight: 1}}, {model: EXPERT_B, parameters: {weight: 1}}]\n"
 REFUSED = {
-    "a method that is not there": ("merge_method: passthrough\n" + MODELS, ["merge_method", "passthrough"]),
+    "passthrough of two": (f"merge_method: passthrough\n{TWO}", ["passthrough takes one model"]),
+    "passthrough beside a base": (f"merge_method: passthrough\n{ONE}\n{BASE}", ["passthrough takes one model"]),
+    "nearswap without t": (f"merge_method: nearswap\n{ONE}\n{BASE}", ["parameters.t", "nearswap needs t"]),
+    "a t that mergekit reads as another": (
+        f"merge_method: nearswap\n{ONE}\n{BASE}\nparameters: {{t: 1.0e-7}}", ["parameters.t", "1e-6"]
+    ),
+    "nearswap of two": (f"merge_method: nearswap\n{TWO}\n{BASE}\nparameters: {{t: 1}}", ["nearswap", "exactly 1"]),
+    "model_stock of one": (f"merge_method: model_stock\n{ONE}\n{BASE}", ["model_stock", "at least 2"]),
+    "sce without a base": (f"merge_method: sce\n{TWO}", ["base_model", "sce"]),
+    "a weight where there is none": (f"merge_method: sce\n{WEIGHTED}\n{BASE}", ["parameters.weight", "sce"]),
+    "a word for a number": (
+        f"merge_method: ram\n{TWO}\n{BASE}\nparameters: {{epsilon: small}}", ["parameters.epsilon", "'small'"]
+    ),
+    "a number for true": (
+        f"merge_method: model_stock\n{TWO}\n{BASE}\nparameters: {{filter_wise: 3}}", ["filter_wise", "3"]
+    ),
+    "breadcrumbs that are rescaled": (
+        f"merge_method: breadcrumbs\n{WEIGHTED}\n{BASE}\nparameters: {{rescale: true, density: 0.5}}", ["rescale"]
+    ),
+    "DELLA without rescaling": (
+        f"merge_method: della\n{WEIGHTED}\n{BASE}\nparameters: {{rescale: false, density: 0.5}}", ["rescale"]
+    ),
+    "a part of a step": (
+        f"merge_method: karcher\n{TWO}\nparameters: {{max_iter: 2.5}}", ["karcher", "steps", "whole number", "2.5"]
+    ),
+    "DELLA beyond probability 1": (
+        f"merge_method: della\n{WEIGHTED}\n{BASE}\nparameters: {{density: 0.95}}", ["epsilon", "0.15"]
+    ),
+    "two epsilons": (
+        f"merge_method: della\n{BASE}\nparameters: {{density: 0.5}}\n"
+        + WEIGHTED.replace("weight: 1}", "weight: 1, epsilon: 0.1}"),
+        ["one epsilon", "0.1", "0.15"],
+    ),
+    "an eps that changes the merge": (
+        f"merge_method: multislerp\n{WEIGHTED}\nparameters: {{eps: 0.1}}", ["parameters.eps", "0.1"]
+    ),
+    "a method that is not there": ("merge_method: ramplus_tl\n" + MODELS, ["merge_method", "ramplus_tl"]),
     "modules": ("merge_method: linear\nmodules: {text: {}}\n" + MODELS, ["modules"]),
     "two tokenizers": (
         "merge_method: linear\ntokenizer_source: union\ntokenizer: {source: base}\n" + MODELS, ["tokenizer_source"]
@@ -282,6 +393,19 @@ BACK = {
     "dare": {"method": "dare_linear", "density": 0.5, "rescale": "l1"},
     "dare_ties": {"method": "dare_ties", "density": 0.5, "rescale": "l1", "mode": "sum"},
     "linear": {"method": "linear", "normalize": False},
+    "nuslerp": {"method": "nuslerp", "groups": (Group((0.5, 1.5)),), "vectors": "columns"},
+    "nuslerp around the base": {"method": "nuslerp", "groups": (Group((0.5, 1.5)),), "origin": "base"},
+    "multislerp in layers": {"method": "multislerp", "groups": LAYERED, "origin": "base", "normalize": False},
+    "karcher": {"method": "karcher", "groups": (Group((1.0, 1.0)),), "steps": 3},
+    "model_stock": {"method": "model_stock", "groups": (Group((1.0, 1.0)),), "vectors": "rows"},
+    "sce": {"method": "sce", "groups": (Group((1.0, 1.0)),), "select_topk": 0.1, "floor": 1e-6},
+    "sce by layers": {"method": "sce", "floor": 1e-6, "groups": tuple(
+        Group((1.0, 1.0), span, {"select_topk": k}) for span, k in (((0, 2), 0.3), ((2, 4), 1.0)))},
+    "ram": {"method": "ram", "groups": (Group((1.0, 1.0)),), "epsilon": 0.01},
+    "breadcrumbs": {"method": "breadcrumbs", "density": 0.5, "gamma": 0.1},
+    "breadcrumbs_ties": {"method": "breadcrumbs_ties", "density": 0.5, "mode": "sum"},
+    "della": {"method": "della", "density": 0.5, "epsilon": 0.2, "rescale": "l1", "mode": "sum"},
+    "della_linear": {"method": "della_linear", "density": 0.5, "rescale": "l1"},
 }  # fmt: skip
 
 
@@ -320,12 +444,45 @@ def test_slerp_out_and_back_in(dense_family: Path, tensors, tmp_path: Path):
         ({"method": "ties", "mode": "sum", "scope": "model"}, "scope: model"),
         ({"method": "dare_linear", "rescale": "density"}, "rescale: density"),
         ({"groups": (Group((0.1, 0.2), kinds=("mlp",)), Group((0.3, 0.4)))}, "kind of module"),
+        ({"method": "karcher", "groups": (Group((1.0, 2.0)),)}, r"weights \[1.0, 2.0\]"),
+        ({"method": "sce", "floor": 1e-6}, r"weights other than 1 \(\[0.25, -0.5\]\)"),
+        ({"method": "sce", "groups": (Group((1.0, 1.0)),)}, "floor other than 1e-6"),
+        ({"method": "sce", "groups": (Group((1.0, 1.0)),), "floor": 1e-6, "scale": 2.0}, "scale: 2.0"),
+        ({"method": "della", "density": 0.9, "epsilon": 0.1, "rescale": "l1", "normalize": True}, "epsilon"),
+        ({"method": "della_linear", "density": 0.5}, "rescale: probability"),
+        ({"method": "tsv_m"}, "tsv_m"),
+        (
+            {
+                "method": "multislerp",
+                "groups": tuple(
+                    Group((1.0, 1.0), span, {"origin": o}) for span, o in (((0, 2), "zero"), ((2, 4), "base"))
+                ),
+            },
+            "origin",
+        ),
     ],
     ids=str,
 )
 def test_what_mergekit_cannot_say_is_refused_by_name(dense_family: Path, change: dict, words: str):
     with pytest.raises(SpecError, match=words):
         to_mergekit(recipe_of(dense_family, **change))
+
+
+def test_one_expert_out_and_back_in(dense_family: Path, tmp_path: Path):
+    for method, params in (("nearswap", {"t": 0.5}), ("arcee_fusion", {}), ("passthrough", {})):
+        recipe = recipe_of(dense_family, method, (Group((1.0,)),), **params)
+        recipe = replace(recipe, experts=recipe.experts[:1])
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_mergekit(recipe)))
+        again = Recipe.load(tmp_path / "config.yaml")
+        assert (again.method, again.groups, again.experts) == (method, recipe.groups, recipe.experts)
+        assert {**again.params} == params
+    for method, params, words in (
+        ("nearswap", {"t": 1e-7}, "t below 1e-6"),
+        ("multislerp", {"normalize": False}, "one"),
+    ):
+        recipe = recipe_of(dense_family, method, (Group((1.0,)),), **params)
+        with pytest.raises(SpecError, match=words):
+            to_mergekit(replace(recipe, experts=recipe.experts[:1]))
 
 
 TOKENS = """
