@@ -98,6 +98,9 @@ def test_by_hand():
     assert merged["w"].tolist() == [2, 0, 0, 0]
     merged = merge_state_dicts("consensus", {"w": base}, [{"w": e} for e in experts], weights=[1, 1], k=1, l=0.4)
     assert merged["w"].tolist() == [2, 2, 0, 0]
+    # What an expert does not move it does not need, however lenient the masks are.
+    merged = merge_state_dicts("consensus", {"w": base}, [{"w": e} for e in experts], weights=[1, 1], k=2, l=0)
+    assert merged["w"].tolist() == [2, 0, 0, 0]
 
 
 def test_prepares_thresholds_for_ties_only():
