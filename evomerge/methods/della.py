@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, task_vectors, weighted_sum
-from evomerge.methods.base import Method, State, TensorInfo
+from evomerge.methods import fused
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
+from evomerge.methods.base import Method, SourceIterable, State, TensorInfo
 from evomerge.methods.chunks import CHUNK
-from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
+from evomerge.methods.election import MODE, NORMALIZE
+from evomerge.methods.masks import MOST_BYTES, WORD, Mask
 from evomerge.methods.random import uniform
+from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned, merge_vectors
 from evomerge.params import Param
 
 DENSITY = Param(
@@ -68,74 +69,102 @@ def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
     return torch.empty_like(tau).scatter_(1, ascending(tau.abs()), ladder.expand(tau.shape))
 
 
+def thin(base: Tensor, expert: Tensor, drawn: Tensor, density: float, epsilon: float, *, dtype: torch.dtype) -> Tensor:
+    """tau_t with each entry zero, or divided by its probability to stay where the draw is below that.
+
+    Args:
+        base, expert: (rows, n).
+        drawn: (rows, n), float32 on the CPU; compared in float32, whatever ``dtype`` the arithmetic is in.
+    """
+    if epsilon > 0 and dtype == torch.float32 and fused.kernels() is not None and fused.on_cpu(base):
+        from evomerge.methods import rank_kernels
+
+        theta_0, theta = fused.alike([base, expert], dtype)
+        ladder = probability_ladder(base.shape[1], density, epsilon).to(dtype)
+        tau = torch.empty(base.shape, dtype=dtype)
+        rank_kernels.thin_rows(*map(fused.array, (theta_0, theta, ladder, drawn, tau)))
+        return tau
+    tau = torch.sub(expert, base.to(dtype))
+    probabilities = keep_probabilities(tau, density, epsilon)
+    keep = torch.lt(drawn.to(tau.device), probabilities.to(drawn.dtype))
+    return tau.mul_(keep.to(tau)).div_(probabilities)
+
+
 @dataclass(frozen=True)
 class _Rows:
-    """A tensor as rows, of the base (``matrix``) and the experts, of which a block of a few is looked at at a time."""
+    """A tensor of the base and of the experts that count as rows, which are looked at a few at a time."""
 
-    matrix: Tensor
-    experts: Sequence[Tensor]
-    weights: Sequence[float]
+    base: Tensor
+    experts: Mapping[int, Tensor]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> _Rows:
+    def of(cls, base: Tensor, experts: Mapping[int, Tensor], dtype: torch.dtype) -> _Rows:
         n = base.shape[-1] if base.dim() else 1
-        matrix = base.reshape(-1, n)
-        rows = [matrix if expert is base else expert.reshape(-1, n) for expert in experts]
-        return cls(matrix, rows, weights, dtype)
+        return cls(base.reshape(-1, n), {t: expert.reshape(-1, n) for t, expert in experts.items()}, dtype)
 
     def blocks(self) -> Iterator[slice]:
-        step = max(1, CHUNK // self.matrix.shape[1])
-        return (slice(first, first + step) for first in range(0, len(self.matrix), step))
-
-    def task_vectors(self, block: slice) -> Iterator[tuple[int, float, Tensor]]:
-        """(t, w_t, tau_t) of some rows, as ``arithmetic.task_vectors``."""
-        base = self.matrix[block]
-        experts = [base if expert is self.matrix else expert[block] for expert in self.experts]
-        return task_vectors(base, experts, self.weights, self.dtype)
+        step = max(1, CHUNK // self.base.shape[1])
+        return (slice(first, min(first + step, len(self.base))) for first in range(0, len(self.base), step))
 
 
 @dataclass(frozen=True)
 class _Chance:
-    """Who stays: the draws of one recipe for one tensor, held against probabilities by rank."""
+    """Who stays: the draws of one seed, held against probabilities by rank."""
 
+    seed: int
     density: float
     epsilon: float
-    seed: int
-    name: str
 
-    def keep(self, t: int, block: slice, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """(1 for what stays of tau_t and 0 for what does not, the probabilities to stay) of some rows."""
-        probabilities = keep_probabilities(tau, self.density, self.epsilon)
-        drawn = uniform(self.seed, self.name, t, block.start * tau.shape[1], tau.numel()).view(tau.shape).to(tau.device)
-        # In float32 whatever the arithmetic is in, as the draws are; and no boolean mask, which is slow.
-        return torch.lt(drawn, probabilities.to(drawn), out=drawn).to(tau), probabilities
+    def thin(self, name: str, t: int, rows: _Rows, block: slice) -> Tensor:
+        base = rows.base[block]
+        drawn = uniform(self.seed, name, t, block.start * base.shape[1], base.numel()).view(base.shape)
+        return thin(base, rows.experts[t][block], drawn, self.density, self.epsilon, dtype=rows.dtype)
 
 
 @dataclass(frozen=True)
 class _Stays:
-    """What stays of one task vector, a bit an entry, and the factor that restores its L1 norm."""
+    """What stays of one task vector, and the factor that restores its L1 norm."""
 
-    bits: list[np.ndarray]  # one a block
+    mask: Mask
     factor: float
 
-    def apply(self, tau: Tensor, block: int) -> Tensor:
-        keep = torch.from_numpy(np.unpackbits(self.bits[block], count=tau.numel())).view(tau.shape)
-        return tau.mul_(keep.to(tau)).mul_(self.factor)
+    def of(self, expert: Tensor, weight: float, piece: slice) -> Thinned:
+        """For the flat ``piece`` of ``expert``, which starts at a whole word."""
+        words = self.mask.words[piece.start // WORD : -(-piece.stop // WORD)]
+        return Thinned(expert[piece], weight, Mask(words, piece.stop - piece.start), factor=self.factor)
 
 
-def _restoring_l1(rows: _Rows, chance: _Chance) -> dict[int, _Stays]:
-    """What stays of each task vector: found before anything is merged, since the norm takes the whole tensor."""
-    bits: dict[int, list[np.ndarray]] = {}
-    norms: dict[int, list[float]] = {}
-    for block in rows.blocks():
-        for t, _, tau in rows.task_vectors(block):
-            keep, _ = chance.keep(t, block, tau)
-            bits.setdefault(t, []).append(np.packbits(keep.cpu().numpy() != 0))
-            norm = norms.setdefault(t, [0.0, 0.0])
-            norm[0] += float(tau.abs_().sum(dtype=torch.float64))
-            norm[1] += float(tau.mul_(keep).sum(dtype=torch.float64))
-    return {t: _Stays(found, norms[t][0] / norms[t][1] if norms[t][1] else 1.0) for t, found in bits.items()}
+@dataclass
+class _Restored:
+    """What stays where the L1 norm is restored: found once a tensor and expert and kept, as far as there is room.
+
+    Keeping it changes no number; what is kept may be dropped at any time.
+    """
+
+    chance: _Chance
+    _kept: dict[tuple[str, int], _Stays] = field(default_factory=dict, repr=False)
+    kept_bytes: int = 0
+
+    def stays(self, name: str, t: int, rows: _Rows) -> _Stays:
+        found = self._kept.get((name, t))
+        if found is None:
+            found = self._find(name, t, rows)
+            size = found.mask.words.nbytes
+            if self.kept_bytes + size <= MOST_BYTES:
+                self._kept[name, t] = found
+                self.kept_bytes += size
+        return found
+
+    def _find(self, name: str, t: int, rows: _Rows) -> _Stays:
+        keep = torch.empty(rows.base.shape, dtype=torch.bool)
+        norm = kept = 0.0
+        for block in rows.blocks():
+            keep[block] = self.chance.thin(name, t, rows, block) != 0  # where tau is zero it does not matter
+            tau = torch.sub(rows.experts[t][block], rows.base[block].to(rows.dtype)).abs_()
+            norm += float(tau.sum(dtype=torch.float64))
+            kept += float(tau.mul_(keep[block].to(tau)).sum(dtype=torch.float64))
+        return _Stays(Mask.of(keep), norm / kept if kept else 1.0)
 
 
 class _Della(Method):
@@ -146,6 +175,7 @@ class _Della(Method):
     """
 
     reference = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, section 3 (MagPrune)"
+    draws = True
 
     def check_together(self, params: Mapping[str, Any]) -> None:
         density, epsilon = params["density"], params["epsilon"]
@@ -160,46 +190,48 @@ class _Della(Method):
         """False, since ranks need whole rows, unless nothing is dropped."""
         return params.get("density", self.params["density"].default) == 1
 
-    @abstractmethod
-    def _join(
-        self, base: Tensor, vectors: Iterable[tuple[float, Tensor]], dtype: torch.dtype, params: Mapping[str, Any]
-    ) -> Tensor:
-        """theta_0 and (w_t, what was made of tau_t) as the merged tensor."""
+    def prepare(
+        self, sources: SourceIterable, statistics: Any = None, *, seed: int | None = None, **fixed: Any
+    ) -> _Restored | None:
+        """Room for what stays, for ``rescale`` l1 with nothing that varies; with probability the ranks are needed."""
+        if seed is None or fixed.get("rescale") != "l1" or not {"density", "epsilon"} <= fixed.keys():
+            return None
+        return _Restored(_Chance(seed, fixed["density"], fixed["epsilon"]))
 
-    def combine(
+    def _merge(
         self,
         base: Tensor,
         experts: Sequence[Tensor],
-        *,
         weights: Sequence[float],
+        *,
         dtype: torch.dtype,
         info: TensorInfo,
         state: State | None,
         seed: int,
-        **params: Any,
+        params: Mapping[str, Any],
+        election: Election | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
-        """A few whole rows at a time: besides the result nothing is as large as the tensor.
-
-        With ``rescale`` l1 a first round finds what stays, and keeps a bit an entry and expert.
-        """
+        """A few rows, or with ``rescale`` l1 a slice, at a time: nothing but the result is as large as the tensor."""
+        chosen = dict(experts_in(base, experts, weights))
         if params["density"] == 1 or base.numel() == 0:
-            vectors = ((weight, tau) for _, weight, tau in task_vectors(base, experts, weights, dtype))
-            return self._join(base, vectors, dtype, params)
-        rows = _Rows.of(base, experts, weights, dtype)
-        chance = _Chance(params["density"], params["epsilon"], seed, info.name)
-        stays = _restoring_l1(rows, chance) if params["rescale"] == "l1" else None
-
-        def dropped(i: int, block: slice) -> Iterator[tuple[float, Tensor]]:
-            for t, weight, tau in rows.task_vectors(block):
-                if stays is not None:
-                    yield weight, stays[t].apply(tau, i)
-                else:
-                    keep, probabilities = chance.keep(t, block, tau)
-                    yield weight, tau.mul_(keep).div_(probabilities)
-
-        merged = torch.empty(rows.matrix.shape, dtype=dtype, device=base.device)
-        for i, block in enumerate(rows.blocks()):
-            merged[block] = self._join(rows.matrix[block], dropped(i, block), dtype, params)
+            parts = [Thinned(experts[t], weight) for t, weight in chosen.items()]
+            return merge_thinned(base, parts, dtype=dtype, election=election, scale=scale)
+        rows = _Rows.of(base, {t: experts[t] for t in chosen}, dtype)
+        chance = _Chance(seed, params["density"], params["epsilon"])
+        merged = torch.empty(rows.base.shape, dtype=dtype, device=base.device)
+        if params["rescale"] == "probability":
+            for block in rows.blocks():
+                vectors = [(weight, chance.thin(info.name, t, rows, block)) for t, weight in chosen.items()]
+                merged[block] = merge_vectors(rows.base[block], vectors, dtype=dtype, election=election, scale=scale)
+            return merged.view(base.shape)
+        restored = state if isinstance(state, _Restored) and state.chance == chance else _Restored(chance)
+        stays = {t: restored.stays(info.name, t, rows) for t in chosen}
+        theta_0, flat = rows.base.reshape(-1), {t: expert.reshape(-1) for t, expert in rows.experts.items()}
+        for first in range(0, base.numel(), CHUNK):
+            piece = slice(first, min(first + CHUNK, base.numel()))
+            parts = [stays[t].of(flat[t], weight, piece) for t, weight in chosen.items()]
+            merged.view(-1)[piece] = merge_thinned(theta_0[piece], parts, dtype=dtype, election=election, scale=scale)
         return merged.view(base.shape)
 
 
@@ -221,11 +253,21 @@ class DellaLinear(_Della):
         """Where nothing is dropped."""
         return [params["scale"] * weight for weight in weights] if params["density"] == 1 else None
 
-    def _join(
-        self, base: Tensor, vectors: Iterable[tuple[float, Tensor]], dtype: torch.dtype, params: Mapping[str, Any]
+    def combine(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: State | None,
+        seed: int,
+        scale: float,
+        **params: Any,
     ) -> Tensor:
-        scale = params["scale"]
-        return add_to_base(base, weighted_sum((scale * weight, tau) for weight, tau in vectors), dtype)
+        scaled = [scale * weight for weight in weights]
+        return self._merge(base, experts, scaled, dtype=dtype, info=info, state=state, seed=seed, params=params)
 
 
 @final
@@ -245,8 +287,20 @@ class Della(_Della):
         }
     )
 
-    def _join(
-        self, base: Tensor, vectors: Iterable[tuple[float, Tensor]], dtype: torch.dtype, params: Mapping[str, Any]
+    def combine(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: State | None,
+        seed: int,
+        mode: str,
+        normalize: bool,
+        scale: float,
+        **params: Any,
     ) -> Tensor:
-        merged = elect_and_merge(vectors, mode=params["mode"], normalize=params["normalize"])
-        return add_to_base(base, merged, dtype, scale=params["scale"])
+        call = {"dtype": dtype, "info": info, "state": state, "seed": seed, "params": params, "scale": scale}
+        return self._merge(base, experts, weights, election=Election(mode, normalize), **call)

@@ -116,3 +116,42 @@ def cut(tau: Tensor, low: float, high: float = math.inf) -> Tensor:
         below = torch.nextafter(torch.tensor(low, dtype=tau.dtype), torch.zeros((), dtype=tau.dtype))
         tau = torch.nn.functional.hardshrink(tau, float(below))
     return tau if larger is None else tau - larger
+
+
+def merge_vectors(
+    base: Tensor,
+    vectors: Sequence[tuple[float, Tensor]],
+    *,
+    dtype: torch.dtype,
+    election: Election | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """theta_0 + scale x the sum of w v over (w, v), or with an ``election`` what TIES makes of them.
+
+    Args:
+        base: any shape and type.
+        vectors: of the base's shape, in ``dtype``; their memory is reused.
+    """
+    kernels = fused.kernels()
+    if kernels is None or not vectors or scale == 0 or not fused.on_cpu(base):
+        if election is None:
+            return add_to_base(base, weighted_sum(vectors), dtype, scale=scale)
+        merged = elect_and_merge(vectors, mode=election.mode, normalize=election.normalize)
+        return add_to_base(base, merged, dtype, scale=scale)
+    from evomerge.methods import rank_kernels
+
+    (theta_0,) = fused.alike([base], dtype)
+    contiguous = [vector.contiguous() for _, vector in vectors]
+    merged = torch.empty(base.shape, dtype=dtype)
+    out = fused.array(merged)
+    rank_kernels.merge_vectors(
+        fused.array(theta_0),
+        fused.addresses(contiguous),
+        fused.scalars([weight for weight, _ in vectors], out),
+        election is not None,
+        election is not None and election.mode == "mean",
+        election is not None and election.normalize,
+        out.dtype.type(scale),
+        out,
+    )
+    return merged

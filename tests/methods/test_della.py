@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from evomerge.errors import MethodError
 from evomerge.methods import METHODS
 from evomerge.methods.base import TensorInfo, check_params
+from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.della import ascending
 from evomerge.recipe import Recipe
 
@@ -134,6 +135,25 @@ def test_bfloat16_merges_as_its_numbers_in_float64_within_rounding():
             for t in (torch.bfloat16, torch.float64)
         )
         torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_what_stays_is_kept_between_candidates_where_l1_restores(method: str):
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = torch.randn(4, 30, 5000, generator=generator)
+    info = TensorInfo("w", shape=(30, 5000))
+    params = check_params(method, METHODS[method], {"rescale": "l1"})
+    sources = [(info, base, experts)]
+    assert METHODS[method].prepare(sources, **params) is None  # a single merge
+    assert METHODS[method].prepare(sources, seed=3, rescale="l1", density=0.5) is None  # epsilon varies
+    assert METHODS[method].prepare(sources, seed=3, **{**params, "rescale": "probability"}) is None
+    state = METHODS[method].prepare(sources, seed=3, **params)
+    for seed, weights, masks in ((3, [1, 2, 0], 2), (3, [0.5, -1, 1], 3), (4, [1, 1, 1], 3)):
+        call = {"weights": weights, "info": info, "seed": seed}
+        pieces = merge_chunks(METHODS[method], base, experts, state=state, params=params, **call)
+        merged = torch.cat([piece for _, piece in pieces])
+        assert torch.equal(merged, METHODS[method].merge(base, experts, **call, **params).reshape(-1))
+        assert state.kept_bytes == masks * 18752  # a bit an entry, in whole words
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
