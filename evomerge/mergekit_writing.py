@@ -135,6 +135,8 @@ def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[
 
 def _tokenizer(recipe: Recipe, reference_of: Mapping[str, Any], base: Any) -> dict[str, Any]:
     assert recipe.tokenizer is not None
+    if recipe.base is not None and base is None:
+        raise refuse(f"a tokenizer with method {recipe.method} beside a base that is not merged")
     if recipe.method == "slerp" and recipe.base is not None and _reference(recipe.base, {}) != base:
         raise refuse("a base beside the two models of slerp, whose rows the others get for tokens that they lack")
     try:
