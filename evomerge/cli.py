@@ -257,7 +257,7 @@ def collect(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")],
     what: Annotated[
         list[str] | None,
-        typer.Option("--what", help="fisher, gram or loss; by default what the methods of the space need."),
+        typer.Option("--what", help="fisher, gram, gram_merged, loss; by default what the space's methods need."),
     ] = None,
     items: Annotated[
         int | None, typer.Option("--items", min=1, help="Search items of each task; by default 256, or all.")
@@ -268,6 +268,10 @@ def collect(
     labels: Annotated[
         str, typer.Option("--labels", help="Of fisher: model (the paper's: all answers, as it sees them) or right.")
     ] = "model",
+    rho: Annotated[
+        float,
+        typer.Option("--rho", min=0.0, max=1.0, help="Of gram_merged: regmean_pp's rho, for layers merged on the way."),
+    ] = 0.9,
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="EXPERT=TASK: a task of an expert's own, where they are not called alike."),
@@ -287,7 +291,7 @@ def collect(
         tasks.setdefault(expert, []).append(name)
     spec = load_spec(experiment)
     try:
-        made = collect(spec, Wanted(tuple(what or ()), items, out, labels, tasks), Progress())
+        made = collect(spec, Wanted(tuple(what or ()), items, out, labels, rho, tasks), Progress())
     except (Interrupted, KeyboardInterrupt):
         print("Stopped. The experts that are done are kept: type the same again to go on.", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None

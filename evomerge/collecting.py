@@ -35,7 +35,7 @@ from evomerge.validation import at
 from evomerge.writing import sync, umask
 
 DEFAULT_ITEMS, DEFAULT_FOLDER = 256, "statistics"
-LABELS = ("model", "right")
+MERGED = "gram_merged"
 METADATA = "evomerge"
 
 
@@ -44,10 +44,11 @@ class Wanted:
     """The options of the command.
 
     Attributes:
-        kinds: fisher, gram, loss; none: what the methods of the experiment's space need.
+        kinds: fisher, gram, gram_merged, loss; none: what the methods of the experiment's space need.
         items: how many of each task; None: 256, or all of the search split if it has fewer.
         out: the folder; None: the experiment's ``statistics``, or ``statistics`` beside it.
         labels: of fisher; see ``measuring.fisher``.
+        rho: of gram_merged, whose layers are merged with it.
         tasks: expert -> tasks that are its own, where names do not say it.
     """
 
@@ -55,6 +56,7 @@ class Wanted:
     items: int | None = None
     out: Path | None = None
     labels: str = "model"
+    rho: float = 0.9
     tasks: Mapping[str, Sequence[str]] | None = None
 
 
@@ -89,6 +91,8 @@ def collect(spec: Spec, wanted: Wanted, progress: Progress) -> Collection:
     jobs = [job for kind in kinds for job in _jobs(plan, kind, own, wanted)]
     with _folder(out.absolute()) as folder:
         todo = [job for job in jobs if not job.is_done(folder)]
+        if any(job.kind == MERGED for job in todo):  # of one merge: all experts' or none
+            todo += [job for job in jobs if job.kind == MERGED and job not in todo]
         if todo:
             _forget(folder, {job.kind for job in todo})
             _measure(plan, todo, folder, progress)
@@ -150,10 +154,15 @@ class _Job:
     tasks: Mapping[str, tuple[str, ...]]  # task -> items
     facts: str  # JSON: all that the numbers depend on
     labels: str
+    rho: float
 
     @property
     def file(self) -> str:
         return f"{self.expert}.{self.kind}.safetensors"
+
+    @property
+    def item_ids(self) -> list[str]:
+        return [item_id for items in self.tasks.values() for item_id in items]
 
     @property
     def num_items(self) -> int:
@@ -172,8 +181,8 @@ class _Job:
 
     def line(self) -> str:
         counts = ", ".join(f"{task} {len(ids)}" for task, ids in self.tasks.items())
-        labels = f", labels: {self.labels}" if self.kind == "fisher" else ""
-        return f"{self.file}: search items of {counts}{labels}"
+        more = {"fisher": f", labels: {self.labels}", MERGED: f", rho: {self.rho:g}"}.get(self.kind, "")
+        return f"{self.file}: search items of {counts}{more}"
 
 
 def _jobs(plan: Plan, kind: str, own: Mapping[str, Sequence[str]], wanted: Wanted) -> Iterator[_Job]:
@@ -195,6 +204,7 @@ def _jobs(plan: Plan, kind: str, own: Mapping[str, Sequence[str]], wanted: Wante
             "expert": source.sha256,
             "items": {task: hashlib.sha256("\n".join(ids).encode()).hexdigest() for task, ids in tasks.items()},
             "labels": wanted.labels if kind == "fisher" else None,
+            **({"rho": wanted.rho, "experts": [e.sha256 for e in experts], "own": own} if kind == MERGED else {}),
             "evaluator": evaluator,
             **{key: getattr(plan.worker, key) for key in ("export_dtype", "compute_dtype", "threads", "options")},
             "task options": {task: dict(plan.worker.tasks[task]) for task in names},
@@ -208,19 +218,27 @@ def _jobs(plan: Plan, kind: str, own: Mapping[str, Sequence[str]], wanted: Wante
             tasks,
             json.dumps(facts, sort_keys=True, default=str),
             wanted.labels,
+            wanted.rho,
         )
 
 
 def _measure(plan: Plan, todo: Sequence[_Job], folder: Path, progress: Progress) -> None:
     """Write the files of ``todo``, expert by expert."""
+    from evomerge.prefix import num_steps
     from evomerge.worker import Worker
 
     check_room(folder, _bytes(plan, todo), "the statistics need about")
     keep(plan.template, progress)
     worker = Worker(plan.worker)
     assert worker.target is not None
-    ordered = sorted(todo, key=lambda job: [e.name for e in plan.template.experts].index(job.expert))
-    with progress.stage("collecting", sum(job.num_items for job in ordered)) as stage:
+    names = [source.name for source in plan.template.experts]
+    ordered = sorted((job for job in todo if job.kind != MERGED), key=lambda job: names.index(job.expert))
+    together = sorted((job for job in todo if job.kind == MERGED), key=lambda job: names.index(job.expert))
+    steps = num_steps(worker.merger)
+    total = sum(job.num_items for job in ordered) + steps * sum(job.num_items for job in together)
+    with progress.stage("collecting", total) as stage:
+        if together:
+            _measure_together(worker, together, folder, lambda t: stage.advance(1, f"{MERGED} of {names[t]}"))
         for job in ordered:
             worker.merger.into(worker.target.model, job.recipe)
             try:
@@ -232,6 +250,26 @@ def _measure(plan: Plan, todo: Sequence[_Job], folder: Path, progress: Progress)
             _write(folder / job.file, tensors, job.facts)
 
 
+def _measure_together(worker: Any, jobs: Sequence[_Job], folder: Path, advance: Callable[[int], None]) -> None:
+    from evomerge.merging import torch_dtype
+    from evomerge.prefix import merged_grams
+
+    try:
+        found = merged_grams(
+            worker.merger,
+            worker.evaluator,
+            worker.target,
+            [job.item_ids for job in jobs],
+            rho=jobs[0].rho,
+            export_dtype=torch_dtype(worker.spec.export_dtype),
+            advance=advance,
+        )
+    except CandidateError as error:
+        raise UserError(f"{MERGED} cannot be measured: {error.reason}") from error
+    for job, tensors in zip(jobs, found, strict=True):
+        _write(folder / job.file, tensors, job.facts)
+
+
 def _statistics(worker: Any, job: _Job, advance: Callable[[], None]) -> dict[str, Tensor]:
     from evomerge import measuring
 
@@ -239,10 +277,9 @@ def _statistics(worker: Any, job: _Job, advance: Callable[[], None]) -> dict[str
     if job.kind == "loss":
         return measuring.loss(evaluator, target, job.tasks, advance=advance)
     placement = worker.merger.adopt(target.model).placement
-    ids = [item_id for items in job.tasks.values() for item_id in items]
     if job.kind == "gram":
-        return measuring.gram(evaluator, target, placement, ids, advance=advance)
-    return measuring.fisher(evaluator, target, placement, ids, labels=job.labels, advance=advance)
+        return measuring.gram(evaluator, target, placement, job.item_ids, advance=advance)
+    return measuring.fisher(evaluator, target, placement, job.item_ids, labels=job.labels, advance=advance)
 
 
 def _bytes(plan: Plan, todo: Sequence[_Job]) -> int:
@@ -255,6 +292,7 @@ def _bytes(plan: Plan, todo: Sequence[_Job]) -> int:
         "gram": 4 * sum(shape[1] ** 2 for shape in inner),
         "loss": 0,
     }
+    sizes[MERGED] = sizes["gram"]
     return sum(sizes[job.kind] for job in todo)
 
 
@@ -312,6 +350,8 @@ def _complete(folder: Path, plan: Plan, jobs: Sequence[_Job]) -> None:
         entry: dict[str, Any] = {"base": plan.template.base.sha256 if plan.template.base else "", "split": "search"}
         if kind == "fisher":
             entry["labels"] = jobs[0].labels
+        if kind == MERGED:
+            entry["rho"] = jobs[0].rho
         kinds[kind] = {**entry, "dtype": "float64" if kind == "loss" else "float32", "files": files}
     kept.save()
     _write_manifest(folder, kinds)

@@ -372,6 +372,13 @@ def _check_methods(model: SpaceModel, experts: Sequence[str], where: str, folder
 
 
 def _check_method(name: str, method: Method, model: SpaceModel, experts: Sequence[str], where: str) -> None:
+    if method.statistics == "gram_merged":
+        raise SpecError(
+            f"method {name} is for a single merge: its statistics are measured while one model is merged, layer by "
+            "layer, and are not those of another candidate",
+            where=at(where, "method"),
+            remedy="Merge by a recipe (evomerge merge), or search with regmean.",
+        )
     fewest, most = method.num_experts
     if len(experts) < fewest or (most is not None and len(experts) > most):
         wanted = (

@@ -28,7 +28,7 @@ from evomerge.methods.lorahub import LoraHub
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
-from evomerge.methods.regression import RegMean
+from evomerge.methods.regression import RegMean, RegMeanPP
 from evomerge.methods.sce import Sce
 from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
@@ -69,6 +69,7 @@ _ALL: tuple[Method, ...] = (
     RandomVectors(),
     Fisher(),
     RegMean(),
+    RegMeanPP(),
     LmCocktail(),
 )
 # What LiNeS can scale: the merged task vector of any method that adds one to a base.

@@ -19,8 +19,7 @@ from evomerge.methods.weighted import NOT_NEGATIVE, missing_statistics
 from evomerge.params import Param
 
 
-@final
-class RegMean(MatrixMethod):
+class Regression(MatrixMethod):
     """W' = (sum_t w_t G_t)^-1 sum_t w_t G_t W_t', G_t = X_t' X_t / rows of the layer's inputs X_t, off-diagonals x rho.
 
     That is the least-squares fit to the outputs X_t W_t' of all experts. Solved for the distance from the weighted mean
@@ -28,12 +27,6 @@ class RegMean(MatrixMethod):
     Tensors without a Gram matrix (norms, biases, embeddings) are merged by that mean, sum w_t tau_t / sum w_t.
     """
 
-    name = "regmean"
-    summary = "weights of linear layers by least squares on the experts' inputs; the weighted mean elsewhere"
-    reference = (
-        "Jin et al. 2023, Dataless knowledge fusion by merging weights of language models, arXiv:2212.09849, "
-        "equation 2 and section 4 (rho is its alpha)"
-    )
     params: Mapping[str, Param] = MappingProxyType(
         {
             "rho": Param(
@@ -49,7 +42,6 @@ class RegMean(MatrixMethod):
         }
     )
     weight = NOT_NEGATIVE
-    statistics = "gram"
 
     def prepare(self, sources: SourceIterable, statistics: Statistics | None = None, **fixed: Any) -> Statistics:
         if statistics is None:
@@ -110,6 +102,44 @@ class RegMean(MatrixMethod):
         scaled = gram.double().mul(rho)
         scaled.diagonal().copy_(diagonal)
         return scaled
+
+
+@final
+class RegMean(Regression):
+    """On the inputs that each layer has in each expert."""
+
+    name = "regmean"
+    summary = "weights of linear layers by least squares on the experts' inputs; the weighted mean elsewhere"
+    reference = (
+        "Jin et al. 2023, Dataless knowledge fusion by merging weights of language models, arXiv:2212.09849, "
+        "equation 2 and section 4 (rho is its alpha)"
+    )
+    statistics = "gram"
+
+
+@final
+class RegMeanPP(Regression):
+    """RegMean on the inputs that each layer has behind layers that are merged already.
+
+    Its statistics were measured layer by layer while the model was being merged, at equal weights and one ``rho``: they
+    are of that one merge, and not for a search.
+    """
+
+    name = "regmean_pp"
+    summary = "as regmean, on the inputs that come out of the layers merged before"
+    reference = "Nguyen et al. 2025, RegMean++, arXiv:2508.03121; order of the steps as in the authors' code"
+    statistics = "gram_merged"
+
+    def combine(self, base: Tensor, experts: Sequence[Any], *, weights: Sequence[float], **rest: Any) -> Tensor:
+        """Raises MethodError without statistics, or for another ``rho`` than they were measured with."""
+        for mapping in rest["state"] or ():
+            if "rho" in mapping and not math.isclose(float(mapping["rho"]), rest["rho"]):
+                raise MethodError(
+                    f"method regmean_pp: rho is {rest['rho']:g}, but the statistics were measured with "
+                    f"{float(mapping['rho']):g}",
+                    remedy="Collect them with --rho, or give that rho.",
+                )
+        return super().combine(base, experts, weights=weights, **rest)
 
 
 def solve_positive(A: Tensor, B: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,9 @@
-"""What methods that are weighted by data are given: one mapping an expert, of one of three kinds.
+"""What methods that are weighted by data are given: one mapping an expert, of one of four kinds.
 
 fisher: tensor name -> mean squared gradients, of the tensor's shape.
 gram:   tensor name -> X'X / rows of the linear layer's inputs X (rows, in): (in, in). Only weights of linear layers.
+gram_merged: the same, with the inputs that the layer gets from the layers before it as they have been merged; and
+        "rho", the parameter that those were merged with, a scalar.
 loss:   task name -> the expert's mean loss on that task's examples, a scalar.
 """
 
@@ -18,7 +20,7 @@ from evomerge.errors import MethodError
 if TYPE_CHECKING:
     from evomerge.methods.base import Method
 
-STATISTICS = ("fisher", "gram", "loss")
+STATISTICS = ("fisher", "gram", "gram_merged", "loss")
 
 Statistics = Sequence[Mapping[str, Tensor]]
 
@@ -58,7 +60,7 @@ def example_statistics(
     for _ in range(num_experts):
         if kind == "fisher":
             made.append({name: torch.rand(tuple(shape), generator=generator) for name, shape in shapes.items()})
-        elif kind == "gram":
+        elif kind in ("gram", "gram_merged"):
             layers = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2 and 0 < shape[1] <= 4096}
             rows = {name: torch.randn(2 * width + 1, width, generator=generator) for name, width in layers.items()}
             made.append({name: x.T @ x / len(x) for name, x in rows.items()})

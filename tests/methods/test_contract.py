@@ -213,6 +213,11 @@ class TestRegMean(MethodContract):
     settings = ({"rho": 1.0}, {"rho": 0.0, "scale": 0.7}, {"matrices": "inner"})
 
 
+class TestRegMeanPP(MethodContract):
+    method = METHODS["regmean_pp"]
+    settings = ({"rho": 1.0}, {"scale": 0.7})
+
+
 class TestLmCocktail(MethodContract):
     method = METHODS["lm_cocktail"]
     settings = ({"temperature": 0.1},)

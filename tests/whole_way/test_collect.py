@@ -299,3 +299,27 @@ def test_tasks_belong_to_experts_by_option_or_by_order(experiment: Path, server:
     by_option = server.run("collect", path, "--what", "gram", "--items", "2", *given)
     assert "expert0.gram.safetensors: search items of news 2, law 2" in by_option.out
     assert "expert1.gram.safetensors: search items of law 2" in by_option.out
+
+
+@pytest.mark.slow
+def test_regmean_pp_is_a_merge_by_recipe_and_not_in_a_space(experiment: Path, server: Server, tmp_path: Path):
+    path = write(experiment.parent, space={**SPACE, "method": "regmean_pp"})
+    assert "is for a single merge" in server.run("run", path, code=2).text
+    path = write(experiment.parent)
+    collected = server.run("collect", path, "--what", "gram_merged", "--rho", "0.8", "--items", "4")
+    assert "expert0.gram_merged.safetensors: search items of expert0 4, rho: 0.8" in collected.out
+    recipe = {
+        "method": "regmean_pp",
+        "base": "base",
+        "experts": {"expert0": "expert0", "expert1": "expert1"},
+        "params": {"rho": 0.8},
+        "weights": 1,
+        "statistics": "measured",
+    }
+    (experiment.parent / "recipe.json").write_text(json.dumps(recipe))
+    server.run("merge", experiment.parent / "recipe.json", "--out", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in merged.values())
+    (experiment.parent / "recipe.json").write_text(json.dumps({**recipe, "params": {"rho": 0.9}}))
+    other = server.run("merge", experiment.parent / "recipe.json", "--out", tmp_path / "other", code=2)
+    assert "measured with 0.8" in other.err
