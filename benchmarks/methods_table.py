@@ -167,6 +167,8 @@ def refuse(method: Method, experts: Sequence[Path]) -> None:
     """NotForThis if the method takes another number or kind of experts."""
     if method.needs_factors and not all((expert / "adapter_config.json").is_file() for expert in experts):
         raise NotForThis("takes LoRA adapters only")
+    if method.statistics == "gram_merged":
+        raise NotForThis("is a merge by a recipe, not in a space")
     try:
         check_experts(method, True, len(experts))
     except UserError as error:
