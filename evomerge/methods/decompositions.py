@@ -1,8 +1,13 @@
 """Singular value decompositions of task vectors: dense ones through a Gram matrix, low-rank ones through their factors.
 
-All of it is in float64, whatever the matrix is stored in. What a decomposition leaves undetermined (signs, bases of
-equal singular values) cancels in the products that methods make of it. Singular values that are zero to the accuracy of
-the matrix have arbitrary vectors and are left out, so that methods that raise small singular values raise no noise.
+Float32 matrices are decomposed by the eigenvalues of the Gram matrix of their smaller side, made and solved in float64.
+That squares the singular values, but what float64 loses by it lies below what a float32 matrix determines: a singular
+value at the float32 rounding level (1e-6 of the largest) still has four digits. Float64 matrices go to LAPACK's
+decomposition.
+
+What a decomposition leaves undetermined (signs, bases of equal singular values) cancels in the products that methods
+make of it. Singular values at the rounding level have arbitrary vectors and are left out, so that methods that raise
+small singular values raise no noise.
 """
 
 from __future__ import annotations
@@ -20,19 +25,15 @@ from evomerge.methods.base import LowRank
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
-ROWS = 4096  # rows of a matrix that are in float64 at one time
-# An eigenvalue of a Gram matrix is known to about 1e-16 of the largest one. Down to this share of it, its eigenvector
-# has 6 digits and more; below, the singular values come from the matrix itself.
-RESOLVED = 1e-10
-ALIKE = 1e-10  # directions of unit vectors count as one where the singular values of their basis are below this
+BLOCK = 2**19  # about so many entries of a matrix are in float64 at one time, in whole rows
 
 
 class SVD(NamedTuple):
-    """matrix = U diag(S) V', the singular values from the largest on, none of them zero; all float64."""
+    """matrix = U diag(S) V', the singular values from the largest on, none of them zero."""
 
-    U: Tensor  # (m, k)
-    S: Tensor  # (k,)
-    V: Tensor  # (n, k)
+    U: Tensor  # (m, k), in the arithmetic dtype
+    S: Tensor  # (k,), float64
+    V: Tensor  # (n, k), in the arithmetic dtype
 
     def first(self, count: int | None) -> SVD:
         return self if count is None else SVD(self.U[:, :count], self.S[:count], self.V[:, :count])
@@ -43,8 +44,7 @@ def svd(matrix: Tensor | LowRank, dtype: torch.dtype, top: int | None = None, *,
 
     Args:
         matrix: dense, or low-rank (then the cost is that of QR decompositions of the factors).
-        dtype: the arithmetic dtype that the matrix comes from. Singular values at its rounding level count as zero;
-            float32 goes through a float64 Gram matrix, float64 through LAPACK's decomposition of the matrix itself.
+        dtype: the arithmetic dtype that the matrix comes from. Singular values at its rounding level count as zero.
         reference: the size of the numbers that were rounded, if it is not the largest singular value.
 
     Raises MethodError if the matrix holds NaN or infinity.
@@ -53,8 +53,8 @@ def svd(matrix: Tensor | LowRank, dtype: torch.dtype, top: int | None = None, *,
         return _svd_of_factors(matrix, dtype, reference).first(top)
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     left, S, right = _decomposed(tall, dtype, top, reference)
-    if left is None:
-        left = times(tall, right / S, torch.float64)
+    left = times(tall, right / S, dtype) if left is None else left
+    right = right.to(dtype)
     return SVD(left, S, right) if tall is matrix else SVD(right, S, left)
 
 
@@ -85,33 +85,34 @@ def polar(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(U V' in ``dtype``, S): the matrix with all its singular values at 1, and what they were. Raises as ``svd``."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     left, S, right = _decomposed(tall, dtype)
-    factor = times(tall, (right / S) @ right.T, dtype) if left is None else (left @ right.T).to(dtype)
+    factor = times(tall, (right / S) @ right.T, dtype) if left is None else left @ right.T
     return (factor if tall is matrix else factor.T), S
 
 
-def recombine(parts: Sequence[SVD], dtype: torch.dtype, *, flat: float | None = None) -> Tensor | None:
+def recombine(parts: list[SVD], dtype: torch.dtype, *, flat: float | None = None) -> Tensor | None:
     """sum_i s_i p_i q_i' over all triples, p and q being their vectors made orthogonal; in ``dtype``. None if empty.
 
     The left vectors side by side are replaced by the nearest matrix with orthonormal columns (their polar factor), the
     right ones likewise. Vectors that parts have in common count once: the factor's singular values are 1 and 0.
 
     Args:
-        parts: their singular values may have any sign.
+        parts: decompositions of matrices of one shape. The list is emptied, so that its memory can go.
         flat: the value that all s_i get instead of their own.
     """
     U, S, V = (torch.cat(side, dim=-1) for side in zip(*parts, strict=True))
+    parts.clear()
     if not len(S):
         return None
     values = S if flat is None else torch.full_like(S, flat)
-    inner = _inverse_root(U, dtype) * values @ _inverse_root(V, dtype)
-    return (U @ inner).to(dtype) @ V.to(dtype).T
+    U = times(U, _inverse_root(U) * values @ _inverse_root(V), dtype)
+    return U @ V.T
 
 
 def norm(matrix: Tensor | LowRank) -> float:
     """The Frobenius norm, summed in float64."""
-    if isinstance(matrix, LowRank):
-        matrix = row_factor(matrix)
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    rows = row_factor(matrix) if isinstance(matrix, LowRank) else matrix
+    blocks = rows.split(_rows(rows))  # because the whole would be copied in float64
+    return math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in blocks))
 
 
 def row_factor(matrix: LowRank) -> Tensor:
@@ -121,27 +122,41 @@ def row_factor(matrix: LowRank) -> Tensor:
 
 def times(matrix: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``matrix`` @ ``right`` (float64), computed in float64 by blocks of rows and rounded to ``dtype``."""
-    out = torch.empty(matrix.shape[0], right.shape[1], dtype=dtype, device=matrix.device)
-    for start in range(0, matrix.shape[0], ROWS):
-        out[start : start + ROWS] = matrix[start : start + ROWS].to(torch.float64) @ right
+    out, step = torch.empty(matrix.shape[0], right.shape[1], dtype=dtype, device=matrix.device), _rows(matrix)
+    for start in range(0, matrix.shape[0], step):
+        out[start : start + step] = matrix[start : start + step].to(torch.float64) @ right
     return out
 
 
 def _decomposed(
     tall: Tensor, dtype: torch.dtype, top: int | None = None, reference: float | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(U, S, V) of a matrix with no fewer rows than columns; None for a U that is still to be made, as tall V / S."""
-    top = tall.shape[1] if top is None else min(top, tall.shape[1])
+    """(U, S, V) in float64, of a matrix with no fewer rows than columns. None for a U still to be made: tall V / S."""
+    U = None
     with _finite():
-        if dtype != torch.float64:
-            squares, vectors = torch.linalg.eigh(_gram(tall))
-            squares, vectors = squares.flip(0)[:top], vectors.flip(1)[:, :top]
-            if top and bool(squares[-1] > RESOLVED * squares[0]):
-                rank = _rank(squares.sqrt(), dtype, tall.shape, reference)
-                return None, squares.sqrt()[:rank], vectors[:, :rank].contiguous()
-        U, S, rows = torch.linalg.svd(tall.to(torch.float64), full_matrices=False)
-    rank = min(top, _rank(S, dtype, tall.shape, reference))
-    return U[:, :rank], S[:rank], rows[:rank].T.contiguous()
+        if dtype == torch.float64:
+            U, S, rows = torch.linalg.svd(tall, full_matrices=False)
+            V = rows.T
+        else:
+            squares, Q = torch.linalg.eigh(_gram(tall))
+            S, V = squares.flip(0).clamp(min=0).sqrt(), Q.flip(1)
+    rank = _rank(S, dtype, tall.shape, reference)
+    rank = rank if top is None else min(rank, top)
+    return None if U is None else U[:, :rank], S[:rank], V[:, :rank].contiguous()
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """matrix' matrix in float64."""
+    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.split(_rows(tall)):
+        wide = rows.to(torch.float64)
+        total.addmm_(wide.T, wide)
+    return total
+
+
+def _rows(matrix: Tensor) -> int:
+    """How many rows make a block."""
+    return max(64, BLOCK // max(1, matrix.shape[1]))
 
 
 def _svd_of_factors(matrix: LowRank, dtype: torch.dtype, reference: float | None) -> SVD:
@@ -149,7 +164,24 @@ def _svd_of_factors(matrix: LowRank, dtype: torch.dtype, reference: float | None
     right, lower = torch.linalg.qr(matrix.A.to(torch.float64).T)
     with _finite():
         U, S, rows = torch.linalg.svd(matrix.scaling * (upper @ lower.T), full_matrices=False)
-    return SVD(left @ U, S, right @ rows.T).first(_rank(S, dtype, (len(left), len(right)), reference))
+    rank = _rank(S, dtype, (len(left), len(right)), reference)
+    return SVD((left @ U).to(dtype), S, (right @ rows.T).to(dtype)).first(rank)
+
+
+def _inverse_root(columns: Tensor) -> Tensor:
+    """R with columns @ R the polar factor: (columns' columns)^(-1/2) on their span, 0 beside it; symmetric, float64.
+
+    Columns are unit vectors. Singular values at their rounding level are directions that count as one.
+    """
+    alike = max(16 * torch.finfo(columns.dtype).eps, 1e-10)
+    if columns.dtype == torch.float64:
+        _, S, rows = torch.linalg.svd(columns, full_matrices=False)
+        Q = rows.T
+    else:
+        squares, Q = torch.linalg.eigh(_gram(columns))
+        S = squares.clamp(min=0).sqrt()
+    keep = alike * S.max() < S
+    return (Q[:, keep] / S[keep]) @ Q[:, keep].T
 
 
 def _rank(S: Tensor, dtype: torch.dtype, shape: Sequence[int], reference: float | None) -> int:
@@ -173,23 +205,3 @@ def _finite() -> Iterator[None]:
         raise MethodError(
             f"a task vector cannot be decomposed: {error}", remedy="Look for the expert whose weights are not finite."
         ) from error
-
-
-def _gram(tall: Tensor) -> Tensor:
-    """matrix' matrix in float64."""
-    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.split(ROWS):
-        wide = rows.to(torch.float64)
-        total.addmm_(wide.T, wide)
-    return total
-
-
-def _inverse_root(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """R with columns @ R the polar factor: (columns' columns)^(-1/2) on their span, 0 beside it; symmetric."""
-    if dtype != torch.float64 and columns.shape[1] <= columns.shape[0]:
-        squares, Q = torch.linalg.eigh(columns.T @ columns)
-        if bool(squares[0] > RESOLVED * squares[-1]):
-            return (Q / squares.sqrt()) @ Q.T
-    _, S, rows = torch.linalg.svd(columns, full_matrices=False)
-    rank = int((S / S[0] > ALIKE).sum())
-    return (rows[:rank].T / S[:rank]) @ rows[:rank]

@@ -56,10 +56,8 @@ class TSVM(MatrixMethod):
     ) -> Tensor | None:
         rank = min(base.shape)
         kept = rank // num_kept(weights) if rank_share is None else math.floor(rank * rank_share + 1e-9)
-        parts = []
-        for weight, tau in task_matrices(base, experts, weights, dtype):
-            U, S, V = svd(tau, dtype, max(1, kept))
-            parts.append(SVD(U, weight * S, V))
+        vectors = task_matrices(base, experts, weights, dtype)
+        parts = [scaled(svd(tau, dtype, max(1, kept)), weight) for weight, tau in vectors]
         return recombine(parts, dtype) if parts else None
 
 
@@ -137,20 +135,28 @@ class IsoCTS(MatrixMethod):
             return None
         if own == 0:
             return flattened(total, dtype)
-        shared = svd(total, dtype, rank - own * count)
-        parts = [shared]
-        for weight, tau in task_matrices(base, experts, weights, dtype):
-            size = norm(tau)
-            U, S, V = svd(without(tau, shared.U), dtype, own, reference=size)
-            parts.append(SVD(U, abs(weight) * S, V if weight > 0 else -V))
+        parts = [svd(total, dtype, rank - own * count)]
+        del total  # a matrix less to hold
+        vectors = task_matrices(base, experts, weights, dtype)
+        parts += [self._own_part(weight, tau, parts[0].U, dtype, own) for weight, tau in vectors]
         values = torch.cat([part.S for part in parts])
         return recombine(parts, dtype, flat=float(values.mean())) if len(values) else None
 
+    @staticmethod
+    def _own_part(weight: float, tau: Tensor | LowRank, common: Tensor, dtype: torch.dtype, count: int) -> SVD:
+        """The top triples of w tau without its part in the common left directions."""
+        size = norm(tau)
+        return scaled(svd(without(tau, common), dtype, count, reference=size), weight)
+
+
+def scaled(triples: SVD, weight: float) -> SVD:
+    """Of w tau from those of tau: singular values stay positive, a sign goes to the right vectors."""
+    return SVD(triples.U, abs(weight) * triples.S, triples.V if weight > 0 else -triples.V)
+
 
 def without(tau: Tensor | LowRank, directions: Tensor) -> Tensor | LowRank:
-    """tau - D D' tau for orthonormal columns D (float64); a dense tau's memory is reused."""
+    """tau - D D' tau for orthonormal columns D; a dense tau's memory is reused."""
     if isinstance(tau, LowRank):
-        B = tau.B.to(torch.float64)
-        return LowRank(B - directions @ (directions.T @ B), tau.A, tau.scaling)
-    D = directions.to(tau.dtype)
-    return tau.addmm_(D, D.T @ tau, alpha=-1)
+        D, B = directions.to(torch.float64), tau.B.to(torch.float64)
+        return LowRank(B - D @ (D.T @ B), tau.A, tau.scaling)
+    return tau.addmm_(directions, directions.T @ tau, alpha=-1)

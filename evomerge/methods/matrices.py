@@ -109,12 +109,12 @@ def task_matrices(
 ) -> Iterator[tuple[float, Any]]:
     """(w_t, tau_t) for the experts that have a task vector and a weight: fresh contiguous memory, or LowRank."""
     for expert, weight in zip(experts, weights, strict=True):
+        if weight == 0 or expert is base:
+            continue
         if isinstance(expert, LowRank):
-            if weight != 0:
-                yield weight, expert
-        else:
-            for _, _, tau in task_vectors(base, [expert], [weight], dtype):
-                yield weight, tau.contiguous()  # the last bits of a product depend on the strides
+            yield weight, expert
+        else:  # contiguous, because the last bits of a product depend on the strides
+            yield weight, expert.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(base)
 
 
 def total_matrix(base: Tensor, experts: Sequence[Any], weights: Sequence[float], dtype: torch.dtype) -> Any:

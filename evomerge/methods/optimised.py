@@ -16,6 +16,7 @@ from evomerge.methods.decompositions import norm, row_factor
 from evomerge.methods.matrices import INNER_MATRICES, MatrixMethod, task_matrices, total_matrix
 from evomerge.params import Param
 
+BLOCK = 2**18  # about so many entries, in whole rows, are optimised at a time: small enough for a processor's cache
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in torch and in the authors' code
 
 
@@ -65,58 +66,69 @@ class WUDI(MatrixMethod):
         if start is None or steps == 0:
             return start
         pull, gram = interference(base, experts, weights, start)
-        if isinstance(gram, list):  # fewer rows than half the columns: their Gram matrix would be more work
-            rows = torch.cat(gram) if gram else start.new_zeros(1, start.shape[1])
+        step = max(64, BLOCK // start.shape[1])
+        for first in range(0, len(start), step):  # each row is a problem of its own
+            part = slice(first, first + step)
+            start[part] += adam(gradient_at(pull[part], gram), torch.zeros_like(start[part]), steps=steps, lr=lr)
+        return start
 
-            def gradient(D: Tensor, out: Tensor) -> Tensor:
-                return torch.addmm(pull, D @ rows.T, rows, beta=2, alpha=2, out=out)
-        else:
 
-            def gradient(D: Tensor, out: Tensor) -> Tensor:
-                return torch.addmm(pull, D, gram, beta=2, alpha=2, out=out)
-
-        return start.add_(adam(gradient, torch.zeros_like(start), steps=steps, lr=lr))
+def gradient_at(pull: Tensor, gram: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """WUDI's gradient 2 (D A + C) as a function of D and of the memory that it is written to; see ``interference``."""
+    if len(gram) == gram.shape[1]:
+        return lambda D, out: torch.addmm(pull, D, gram, beta=2, alpha=2, out=out)
+    return lambda D, out: torch.addmm(pull, D @ gram.T, gram, beta=2, alpha=2, out=out)
 
 
 def interference(
     base: Tensor, experts: Sequence[Any], weights: Sequence[float], start: Tensor
-) -> tuple[Tensor, Tensor | list[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """(C, A) of WUDI's gradient 2 (D A + C) at X = start + D, in start's dtype.
 
-    A = sum_t tau_t' tau_t / ||tau_t||^2 and C = sum_t (start - w_t tau_t) tau_t' tau_t / ||tau_t||^2. A is (in, in), or
-    a list of matrices whose Gram matrices add up to it, where these have few rows.
+    A = sum_t tau_t' tau_t / ||tau_t||^2 and C = sum_t (start - w_t tau_t) tau_t' tau_t / ||tau_t||^2. A is (in, in); or
+    (rows, in) with A its Gram matrix, where that is less work: fewer rows than half the columns.
     """
     out_features, in_features = start.shape
     ranks = [min(out_features, len(e.A)) if isinstance(e, LowRank) else out_features for e in experts]
     few = 2 * sum(rank for rank, weight in zip(ranks, weights, strict=True) if weight != 0) < in_features
-    pull, rows, gram = torch.zeros_like(start), [], start.new_zeros(0 if few else in_features, in_features)
-    for weight, tau in task_matrices(base, experts, weights, start.dtype):
+    pull, gram = torch.zeros_like(start), start.new_zeros(0 if few else in_features, in_features)
+    rows: list[Tensor] = []
+
+    def add(weight: float, tau: Tensor | LowRank) -> None:  # a function, so that it forgets its matrices
+        away = multiplied(weight, tau, start.dtype).neg_().add_(start)
         unit = unit_rows(tau, start.dtype)
         if unit is None:
-            continue
-        away = start - multiplied(weight, tau, start.dtype)
+            return
+        if few or 2 * len(unit) < in_features:
+            pull.addmm_(away @ unit.T, unit)
         if few:
             rows.append(unit)
-            pull.addmm_(away @ unit.T, unit)
-        else:
-            own = unit.T @ unit
-            gram += own
+            return
+        own = unit.T @ unit
+        gram.add_(own)
+        if 2 * len(unit) >= in_features:
             pull.addmm_(away, own)
-    return pull, rows if few else gram
+
+    for weight, tau in task_matrices(base, experts, weights, start.dtype):
+        add(weight, tau)
+    return pull, torch.cat([gram, *rows])
 
 
 def unit_rows(tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor | None:
-    """S with S'S = tau' tau / ||tau||^2: tau / ||tau||, or (rank, in) for low-rank factors. None if tau is zero."""
+    """S with S'S = tau' tau / ||tau||^2: tau / ||tau|| in the memory of tau, or (rank, in) for low-rank factors.
+
+    None if tau is zero.
+    """
     rows = row_factor(tau) if isinstance(tau, LowRank) else tau
     size = norm(rows)
-    return (rows / size).to(dtype) if size > 0 else None
+    return rows.div_(size).to(dtype) if size > 0 else None
 
 
 def multiplied(weight: float, tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor:
     """w tau, dense; the same operations as in ``total_matrix``, so that the sum of a single one is it to the bit."""
     if isinstance(tau, Tensor):
         return tau.mul(weight)
-    return (tau.B.to(torch.float64) * (weight * tau.scaling) @ tau.A.to(torch.float64)).to(dtype)
+    return (tau.B.to(torch.float64) * (weight * tau.scaling)).to(dtype) @ tau.A.to(dtype)
 
 
 def adam(gradient_at: Callable[[Tensor, Tensor], Tensor], point: Tensor, *, steps: int, lr: float) -> Tensor:
