@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
+from evomerge.methods import fused
 from evomerge.methods.arithmetic import SCALE, add_to_base
 from evomerge.methods.base import ANY_WEIGHT, Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
@@ -124,12 +125,7 @@ class Sce(Method):
         else:
             selection = select(base, taken, select_topk)
         shares = selection.shares(floor)
-        merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-        flat = merged.view(-1)
-        for start, theta_0, thetas in _slices(base, taken, dtype, SLICE):
-            piece = _erase(theta_0, thetas, selection.threshold, shares, [weights[t] for t in chosen])
-            flat[start : start + piece.numel()] = add_to_base(theta_0, piece, dtype, scale=scale)
-        return merged
+        return _erase(base, taken, selection.threshold, shares, [weights[t] for t in chosen], dtype=dtype, scale=scale)
 
 
 def select(base: Tensor | None, experts: Sequence[Tensor], select_topk: float) -> Selection:
@@ -138,22 +134,23 @@ def select(base: Tensor | None, experts: Sequence[Tensor], select_topk: float) -
     dtype = arithmetic_dtype(base, *experts)
     threshold = 0.0
     if select_topk < 1:
+        flats = [expert.reshape(-1) for expert in experts]
         differing = 0  # entries on which the experts are not all the same
 
         def stream() -> Iterator[tuple[int, Tensor]]:
             nonlocal differing
             differing = 0
-            for _, _, thetas in _slices(base, experts, dtype):
-                spread = variation(thetas)
+            for start in range(0, base.numel(), CHUNK):
+                spread = variation([flat[start : start + CHUNK] for flat in flats], dtype)
                 differing += int(torch.count_nonzero(spread))
-                yield 0, spread
+                yield 0, spread.abs_()  # NaN, too, without a sign
 
         ((threshold,),) = order_statistics(stream, 1, lambda n: [min(max(1, int(select_topk * differing)), n)])
         if int(select_topk * differing) == 0:
             threshold = float("inf")
     squares = [0.0] * len(experts)
     for _, theta_0, thetas in _slices(base, experts, dtype):
-        keep = None if threshold == 0 else torch.ge(variation(thetas), threshold).to(dtype)
+        keep = None if threshold == 0 else torch.ge(variation(thetas, dtype), threshold).to(dtype)
         for t, theta in enumerate(thetas):
             if theta is not theta_0:
                 tau = torch.sub(theta, theta_0)
@@ -162,15 +159,24 @@ def select(base: Tensor | None, experts: Sequence[Tensor], select_topk: float) -
     return Selection(threshold, tuple(square / max(1, base.numel()) for square in squares))
 
 
-def variation(thetas: Sequence[Tensor]) -> Tensor:
-    """T^2 times the variance over T experts, entry by entry: T sum d^2 - (sum d)^2 with d the differences from the
-    first. It is zero where all are the same, and never loses more than a factor T to cancellation; the base plays no
-    part."""
-    first = thetas[0]
+def variation(thetas: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """T^2 times the variance over T experts, entry by entry, of any tensors: (n,) in ``dtype``.
+
+    T sum d^2 - (sum d)^2 with d the differences from the first, so that it is zero where all are the same, and never
+    loses more than a factor T to cancellation. The base plays no part.
+    """
+    if fused.kernels() is not None and fused.on_cpu(*thetas):
+        from evomerge.methods import sce_kernels
+
+        alike = fused.alike(thetas, dtype)
+        out = torch.empty(thetas[0].numel(), dtype=dtype)
+        sce_kernels.variation(fused.addresses(alike), fused.array(alike[0]), fused.array(out))
+        return out
+    first = thetas[0].reshape(-1).to(dtype)
     total, squares = torch.zeros_like(first), torch.zeros_like(first)
     for theta in thetas[1:]:
-        if theta is not first:
-            difference = torch.sub(theta, first)
+        if theta is not thetas[0]:
+            difference = torch.sub(theta.reshape(-1), first)
             total.add_(difference)
             squares.add_(difference.mul_(difference))
     return squares.mul_(len(thetas)).sub_(total.mul_(total))
@@ -187,20 +193,49 @@ def _slices(
 
 
 def _erase(
-    base: Tensor, experts: Sequence[Tensor], threshold: float, shares: Sequence[float], weights: Sequence[float]
+    base: Tensor,
+    experts: Sequence[Tensor],
+    threshold: float,
+    shares: Sequence[float],
+    weights: Sequence[float],
+    *,
+    dtype: torch.dtype,
+    scale: float,
 ) -> Tensor:
-    """sum w e s tau / sum e s of a slice, over what is selected."""
+    """theta_0 + scale sum w e s tau / sum e s, over what is selected: fresh memory of the base's shape in ``dtype``."""
+    merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+    weighted = [weight * share for weight, share in zip(weights, shares, strict=True)]
+    if fused.kernels() is not None and scale != 0 and fused.on_cpu(base, *experts):
+        from evomerge.methods import sce_kernels
+
+        theta_0, *thetas = fused.alike([base, *experts], dtype)
+        out = fused.array(merged)
+        limit, factor = (out.dtype.type(number) for number in (threshold, scale))
+        numbers = (fused.scalars(values, out) for values in (shares, weighted))
+        sce_kernels.erase(fused.array(theta_0), fused.addresses(thetas), limit, *numbers, factor, out)
+        return merged
+    flat = merged.view(-1)
+    for start, theta_0, thetas in _slices(base, experts, dtype, SLICE):
+        piece = _erase_slice(theta_0, thetas, threshold, shares, weighted)
+        flat[start : start + piece.numel()] = add_to_base(theta_0, piece, dtype, scale=scale)
+    return merged
+
+
+def _erase_slice(
+    base: Tensor, experts: Sequence[Tensor], threshold: float, shares: Sequence[float], weighted: Sequence[float]
+) -> Tensor:
+    """sum w e s tau / sum e s of a slice, all in the base's type."""
     taus = [torch.sub(expert, base) for expert in experts]
     total = torch.zeros_like(base)
     for tau in taus:
         total.add_(tau)
     sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)  # in one dtype: a boolean mask takes many times longer
     merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for tau, share, weight in zip(taus, shares, weights, strict=True):
+    for tau, share, weight in zip(taus, shares, weighted, strict=True):
         agreeing = tau.mul_(sign).clamp_(min=0)
-        merged.add_(agreeing, alpha=weight * share)
+        merged.add_(agreeing, alpha=weight)
         divisor.add_(agreeing.sign_(), alpha=share)
     if threshold > 0:
-        merged.mul_(torch.ge(variation(experts), threshold))
+        merged.mul_(torch.ge(variation(experts, base.dtype), threshold))
     divisor.add_(torch.eq(divisor, 0))  # where nothing agrees the sum is zero, too
     return merged.mul_(sign).div_(divisor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from evomerge.methods import METHODS
-from evomerge.methods.base import TensorInfo
+from evomerge.methods import METHODS, fused
+from evomerge.methods.base import TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.sce import _erase, variation
 
 from .families import Family, assert_close, families
+from .test_fused import WEIGHTS, same_bits, tensors
 
 
 def reference(family: Family, select_topk: float, floor: float, scale: float) -> np.ndarray:
@@ -105,6 +108,27 @@ def test_a_prepared_search_selects_anew_for_those_that_take_part():
         expected = method.merge(base, taken, weights=[w for w in weights if w != 0], info=info, **params)
         assert torch.equal(merged, expected)
     assert set(state.of) == {(0, 1, 2), (0, 2)}
+
+
+@pytest.mark.skipif(fused.kernels() is None, reason="numba is not installed, or no fused multiply-add")
+@given(st.data(), st.integers(1, 5), st.sampled_from([0.0, 0.2, 1.0]), WEIGHTS)
+def test_the_compiled_loops_give_the_plain_codes_bits(data, count: int, select_topk: float, scale: float):
+    base, *experts = data.draw(tensors(count + 1))
+    weights = [data.draw(WEIGHTS) for _ in experts]
+    dtype = arithmetic_dtype(base, *experts)
+    info = TensorInfo("w", shape=tuple(base.shape))
+    found = []
+    for context in (fused.plain, nullcontext):
+        with context():
+            spread = variation(experts, dtype)
+            threshold = (
+                0.0 if select_topk == 1 else float(spread.nan_to_num(0, 1, 1).kthvalue(spread.numel() // 2 + 1)[0])
+            )
+            shares = [1 / (2 + t) for t in range(count)]
+            merged = _erase(base, experts, threshold, shares, weights, dtype=dtype, scale=scale)
+            whole = METHODS["sce"].merge(base, experts, weights=weights, info=info, select_topk=select_topk)
+            found.append((spread, merged, whole))
+    assert all(same_bits(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
