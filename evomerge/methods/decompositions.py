@@ -65,6 +65,7 @@ def left_basis(matrices: Sequence[Tensor | LowRank], dtype: torch.dtype) -> tupl
     No matrices, or zeros only, give k = 0. Raises as ``svd``.
     """
     columns = [_narrow(matrix) if isinstance(matrix, LowRank) else matrix for matrix in matrices]
+    columns = [matrix for matrix in columns if matrix.any()]  # an embedding that was not tuned has no directions
     if not columns:
         return torch.empty(0, 0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
     side = torch.cat(columns, dim=1)

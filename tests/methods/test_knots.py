@@ -161,6 +161,16 @@ def test_adapters_are_not_multiplied_out():
     assert sorted(set(made.sizes))[-2] < m * n / 4  # right parts, and the histogram that finds their thresholds
 
 
+@pytest.mark.parametrize("method", ["knots", "tsv_m", "iso_c", "iso_cts"])
+def test_a_tall_matrix_that_nobody_tuned_costs_no_decomposition(method: str, monkeypatch: pytest.MonkeyPatch):
+    """An embedding in dense experts that is the base's, to the number."""
+    base = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("decomposed"))
+    info = TensorInfo("w", shape=(3000, 8))
+    merged = METHODS[method].merge(base, [base.clone(), base.clone()], weights=[1.0, 1.0], info=info)
+    assert torch.equal(merged, base)
+
+
 def test_not_finite_is_refused():
     base, experts = adapters(6, 8, [2, 2])
     experts[0].B[0, 0] = float("nan")
