@@ -196,19 +196,24 @@ class Rows:
         return self.dtype.is_floating_point
 
     def take(self, first: int, last: int) -> Tensor:
-        """The rows [first, last); only to be read. A stretch that lies together in the source is a view of it."""
+        """The rows [first, last); only to be read.
+
+        They have the source's own type where they are all its own, and a stretch that lies together is a view.
+        """
         index, raw = self._index[first:last], self._raw()
         start = int(index[0]) if len(index) else 0
-        if self.dtype == raw.dtype and torch.equal(index, torch.arange(start, start + len(index))) and start >= 0:
+        if start >= 0 and torch.equal(index, torch.arange(start, start + len(index))):
             return raw[start : start + len(index)]
-        taken = raw[index.clamp(min=0)].to(self.dtype)
+        taken = raw[index.clamp(min=0)]
         absent = (index < 0).nonzero().flatten()
         if len(absent):
+            taken = taken.to(self.dtype)
             taken[absent] = self._fill.rows()[-index[absent] - 1].to(self.dtype)
         return taken
 
     def whole(self) -> Tensor:
-        return self.take(0, len(self._index))
+        """All rows, in ``dtype``."""
+        return self.take(0, len(self._index)).to(self.dtype)
 
     def flat(self, start: int, stop: int) -> Tensor:
         """Entries [start, stop) of the flat (row-major) tensor."""

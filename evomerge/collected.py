@@ -128,6 +128,13 @@ def _files(collected: Collected, kind: str, recipe: Recipe) -> list[tuple[Path, 
                 f"instead of {base[:12]})",
                 remedy=how_to_collect(kind),
             )
+        tokenizer = None if recipe.tokenizer is None else recipe.tokenizer.short()
+        if entry.get("tokenizer") != tokenizer:
+            raise CheckpointError(
+                f"the statistics ({kind}) in {folder} were taken with the vocabulary {entry.get('tokenizer')}, but the "
+                f"merge has {tokenizer}",
+                remedy=how_to_collect(kind),
+            )
         by_content = {expert["expert"]: expert for expert in entry["files"]}
         contents = {source.name: _content(source) for source in recipe.experts}
         missing = [name for name, content in contents.items() if content not in by_content]

@@ -209,6 +209,7 @@ def _jobs(plan: Plan, kind: str, own: Mapping[str, Sequence[str]], wanted: Wante
             **{key: getattr(plan.worker, key) for key in ("export_dtype", "compute_dtype", "threads", "options")},
             "task options": {task: dict(plan.worker.tasks[task]) for task in names},
             "device": plan.worker.device.partition(":")[0],
+            **({"tokenizer": plan.worker.tokenizer} if plan.worker.tokenizer else {}),
         }
         yield _Job(
             kind,
@@ -348,6 +349,8 @@ def _complete(folder: Path, plan: Plan, jobs: Sequence[_Job]) -> None:
                     }
                 )
         entry: dict[str, Any] = {"base": plan.template.base.sha256 if plan.template.base else "", "split": "search"}
+        if plan.worker.tokenizer:
+            entry["tokenizer"] = plan.worker.tokenizer
         if kind == "fisher":
             entry["labels"] = jobs[0].labels
         if kind == MERGED:

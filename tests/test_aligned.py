@@ -16,12 +16,15 @@ from torch import Tensor
 
 from evomerge.aligned import vocabulary_names
 from evomerge.checkpoints import open_checkpoint
+from evomerge.collecting import Wanted, collect
 from evomerge.companions import choose
 from evomerge.errors import CheckpointError, SpecError
 from evomerge.exporting import export
 from evomerge.merging import Merger, load_resident, open_sources
 from evomerge.methods import METHODS
+from evomerge.progress import Progress
 from evomerge.recipe import Recipe
+from evomerge.spec import load_spec
 from evomerge.testing import tiny
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -548,3 +551,43 @@ def test_tokenizers_that_cut_text_otherwise(untied: Path, tmp_path: Path):
     data["model"]["vocab"]["zebra"] = data["model"]["vocab"].pop("z")
     (tmp_path / "w" / "plain" / "tokenizer.json").write_text(json.dumps(data))
     refused(recipe_of(tmp_path / "w", "union", ("plain",)), "2 tokens that are no added ones differ", "'z'")
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_of_the_merges_rows(untied: Path, tmp_path: Path):
+    """Fisher information is measured in the vocabulary of the experiment, and merges in another one refuse it."""
+    family = tmp_path / "family"
+    for name in ("base", "a", "b"):
+        shutil.copytree(untied / name, family / ("base" if name == "base" else f"expert_{name}"))
+    for name in "ab":
+        (family / f"{name}.txt").write_text("\n".join(f"text {i} of {name} {X}{Z}" for i in range(9)))
+    settings = {
+        "tokenizer": "union",
+        "space": {"method": "fisher", "weights": {"granularity": "task", "range": [0.1, 2.0], "initial": 1.0}},
+        "search": {"method": "random", "budget": 1},
+        "statistics": "stats",
+        "evaluate": {
+            "with": "evaluators/perplexity.py",
+            "tasks": {f"expert_{name}": {"file": f"{name}.txt", "unit": "line"} for name in "ab"},
+            "split": {"search": 3, "select": 3, "test": 3},
+        },
+    }
+    spec = load_spec(tiny.write_experiment(family, **settings))
+    collect(spec, Wanted(("fisher",)), Progress())
+    fishers = [load_file(family / "stats" / f"expert_{name}.fisher.safetensors") for name in "ab"]
+    assert all(F[EMBED].shape == F[HEAD].shape == (102, 32) for F in fishers)
+    assert all(F[EMBED][99].abs().max() > 0 for F in fishers)  # X is in the texts, and has a row in both models
+    recipe = recipe_of(
+        family, "union", ("expert_a", "expert_b"), method="fisher", statistics=str(family / "stats"),
+        params={"normalize": False},
+    )  # fmt: skip
+    got = load_file(export(recipe, tmp_path / "out") / "model.safetensors")[EMBED]
+    rows = [by_token(family / f"expert_{name}", EMBED)["t"] for name in "ab"]
+    F = [F[EMBED].double()[vocabulary(family / "base")["t"]].clamp(min=1e-6) for F in fishers]
+    reference = (0.25 * F[0] * rows[0] + 0.5 * F[1] * rows[1]) / (0.25 * F[0] + 0.5 * F[1])
+    assert torch.allclose(got[vocabulary(family / "base")["t"]].double(), reference, rtol=0, atol=1e-6)
+    other = recipe_of(family, "base", ("expert_a", "expert_b"), method="fisher", statistics=str(family / "stats"))
+    with pytest.raises(CheckpointError, match="were taken with the vocabulary"):
+        export(other, tmp_path / "other")
