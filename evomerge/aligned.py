@@ -209,7 +209,9 @@ def align(
         return Sources(base, experts)
     _check_donors(layout, sources, labels, tensors)
     added = tuple(sorted(ids.keys() - owns[host].ids.keys(), key=ids.__getitem__))
-    alignment = _alignment(layout, sources[0], vocabularies, host, added, sources[host].path)
+    at = sources[host].path  # an adapter without a tokenizer has the base's
+    at = at if has_tokenizer(at) else sources[0].path
+    alignment = _alignment(layout, sources[0], vocabularies, host, added, at)
     aligned = _aligned(sources, raws, layout, tensors, alignment)
     return Sources(aligned[0] if base is not None else None, aligned[len(sources) - len(experts) :], alignment)
 

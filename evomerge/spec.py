@@ -496,6 +496,7 @@ def json_schema() -> dict[str, Any]:
         "anyOf": [{"type": "string"}, {"$ref": "#/$defs/SpaceModel"}],
         "description": schema["properties"]["space"]["description"],
     }
+    schema["properties"]["tokenizer"]["anyOf"].append({"type": "string"})
     objective = schema["properties"]["objective"]
     schema["properties"]["objective"] = {
         "anyOf": [{"type": "string", "enum": list(WORDS)}, {"$ref": "#/$defs/ObjectiveSpec"}],

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from evomerge.errors import SpecError, nearest
 from evomerge.validation import Strict, at
 
 UNION, BASE = "union", "base"
+UNWRITABLE = re.compile("[\x85\ud800-\udfff]")  # a recipe's text would not read back to an equal one
+
+
+def _check_token(token: str) -> str:
+    if UNWRITABLE.search(token):
+        raise PydanticCustomError(
+            "token",
+            "a token cannot be named that holds characters which YAML does not keep: {token}",
+            {"token": ascii(token), "remedy": "Name another model's row by its token_id."},
+        )
+    return token
+
+
+Token = Annotated[str, AfterValidator(_check_token)]
 
 
 class RowSource(Strict):
@@ -21,7 +36,7 @@ class RowSource(Strict):
 
     kind: Literal["zero", "model_token"] = Field(description="zero: a row of zeros; model_token: another token's row")
     model: str | None = Field(default=None, description="whose row: an expert's name, or base")
-    token: str | None = Field(default=None, description="the token in that model whose row is taken")
+    token: Token | None = Field(default=None, description="the token in that model whose row is taken")
     token_id: int | None = Field(default=None, ge=0, description="its number, in place of the token")
 
     @model_validator(mode="after")
@@ -67,7 +82,7 @@ class TokenizerChoice(Strict):
         description="whose tokens the merge has: union (the base's, then those that experts added), base, or an "
         "expert's name",
     )
-    tokens: dict[str, TokenEntry] = Field(
+    tokens: dict[Token, TokenEntry] = Field(
         default_factory=dict, description="tokens whose rows are chosen by hand; those nobody has are added"
     )
     pad_to_multiple_of: int | None = Field(

@@ -20,6 +20,7 @@ from evomerge.collecting import Wanted, collect
 from evomerge.companions import choose
 from evomerge.errors import CheckpointError, SpecError
 from evomerge.exporting import export
+from evomerge.keeping import keep
 from evomerge.merging import Merger, load_resident, open_sources
 from evomerge.methods import METHODS
 from evomerge.progress import Progress
@@ -163,6 +164,28 @@ def test_slices_are_the_whole(untied: Path):
         pieces = [[p.clone() for p in (b, *e)] for _, b, e in sources.chunks(name)]
         for source, whole in enumerate((base, *experts)):
             assert torch.equal(torch.cat([p[source] for p in pieces]), whole.flatten().float())
+
+
+def test_kept_sources_have_the_same_numbers(untied: Path):
+    """Copies on the device that merges (here the CPU) are of the gathered rows."""
+    mapped, kept = (open_sources(recipe_of(untied)) for _ in range(2))
+    keep(kept, "device", "cpu")
+    assert kept.kept[-1, EMBED].shape == (102, 32)
+    for (_, b, e), (_, c, f) in zip(mapped.chunks(EMBED), kept.chunks(EMBED), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip((b, *e), (c, *f), strict=True))
+
+
+def test_an_adapter_without_a_tokenizer_as_the_host(untied: Path, tmp_path: Path):
+    """Its tokens are the base's, and so is the tokenizer of the merge."""
+    tiny.save_lora_expert(untied / "base", tmp_path / "lora", seed=1)
+    experts = {"lora": str(tmp_path / "lora"), "a": str(untied / "a")}
+    recipe = Recipe.from_dict({
+        "method": "task_arithmetic", "base": str(untied / "base"), "experts": experts, "weights": 0.5,
+        "tokenizer": {"source": "lora"}, "export_dtype": "float32",
+    })  # fmt: skip
+    out = export(recipe, tmp_path / "out")
+    assert vocabulary(out) == vocabulary(untied / "base")
+    assert_is_the_export(recipe, out)
 
 
 def test_the_base_and_one_expert_as_hosts(tied: Path, tmp_path: Path):

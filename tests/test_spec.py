@@ -223,6 +223,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "no space file": ({"space": "tasks.yaml"}, "space", ["tasks.yaml", "'search_spaces/task.yaml'"]),
     "no evaluator file": ({"evaluate.with": "mine.py@score"}, "evaluate.with", ["mine.py"]),
     "an evaluator that is no Python": ({"evaluate.with": "experiment.yaml"}, "evaluate.with", [".py"]),
+    "a tokenizer of nobody": ({"tokenizer": {"source": "spma"}}, "tokenizer.source", ["'spma'", "'spam'"]),
+    "a row of nobody": ({"tokenizer": {"tokens": {"x": {"source": "spma"}}}}, "tokenizer.tokens.x.source", ["'spam'"]),
     "a searcher alone": ({"search": "cma"}, "search", ["mapping", "'cma'"]),
     "no space": ({"space": None}, "space", ["mapping", "None"]),
 }  # fmt: skip
@@ -355,6 +357,9 @@ def test_schema_takes_what_is_read_and_refuses_what_is_not(folder: Path):
     assert validator.is_valid({**spec.to_dict(), "space": "task.yaml"})
     for shipped in (Path(__file__).parents[1] / "search_spaces").iterdir():
         validator.validate({**spec.to_dict(), "space": yaml.safe_load(shipped.read_text())})
+    for tokenizer in ("union", {"source": "base", "tokens": {"<|x|>": {"source": {"kind": "zero"}, "force": True}}}):
+        validator.validate({**spec.to_dict(), "tokenizer": tokenizer})
+    assert not validator.is_valid({**spec.to_dict(), "tokenizer": {"sorce": "union"}})
     plugged = spec.to_dict()
     plugged["space"]["method"] = "my_methods.py@median"
     plugged["search"] = {"method": "my_search.py@Climb", "an_option_of_its_own": 0.5}
