@@ -87,23 +87,34 @@ def merge(setting: Setting) -> Rows:
     known = [name for name in setting.methods if name in METHODS]
     model = load_resident(base, auto_class="AutoModelForCausalLM", compute_dtype="bfloat16")
     clock = Clock()
-    for number in range(-1, setting.rounds):  # the round before the first makes the machine code and warms the cache
-        timed = clock if number >= 0 else Clock()
-        _floors(timed, [base, *experts], setting.folder)
+    _warm_up(setting, known)
+    for _ in range(setting.rounds):
+        _floors(clock, [base, *experts], setting.folder)
         for name in known:
             taken = experts[: METHODS[name].num_experts[1]]
             for quantity, durable in (("stream", False), ("stream, synced and hashed", True)):
-                with _gone(setting.folder / "ours") as out, timed.time(name, quantity):
+                with _gone(setting.folder / "ours") as out, clock.time(name, quantity):
                     recipe = _recipe(name, base, taken)
                     Merger(open_sources(recipe)).stream(recipe, out, durable=durable)
             merger = Merger(open_sources(_recipe(name, base, taken)), fixed_params={name: PARAMS[name]})
             for quantity, weights in (("first candidate", WEIGHTS), ("next candidate", OTHER_WEIGHTS)):
                 recipe = _recipe(name, base, taken, weights)
-                with timed.time(name, quantity):
+                with clock.time(name, quantity):
                     merger.into(model, recipe)
-            if number >= 0 and setting.peers is not None:
+            if setting.peers is not None:
                 _mergekit(clock, setting, name, base, taken)
     return clock.all()
+
+
+def _warm_up(setting: Setting, methods: list[str]) -> None:
+    """Machine code is made (at its first use ever) and loaded; files lie in the page cache."""
+    for folder in setting.family():
+        (folder / "model.safetensors").read_bytes()
+    tiny, *experts = write_family(setting.cache, "tiny", num_experts=EXPERTS, dtype="bfloat16")
+    for name in methods:
+        recipe = _recipe(name, tiny, experts[: METHODS[name].num_experts[1]])
+        with _gone(setting.folder / "tiny") as out:
+            Merger(open_sources(recipe), fixed_params={}).stream(recipe, out)
 
 
 def _mergekit(clock: Clock, setting: Setting, name: str, base: Path, experts: list[Path]) -> None:
@@ -226,8 +237,7 @@ def matrices(setting: Setting) -> Rows:
 def many(setting: Setting) -> Rows:
     """Checkpoints of many small tensors: planned and merged to disk."""
     clock = Clock()
-    for number in range(-1, setting.rounds):
-        timed = clock if number >= 0 else Clock()
+    for number in range(setting.rounds):
         for count in (2500, 5000, 10000, 20000):
             base, *experts = write_many(setting.cache, count, num_experts=2)
             for name in ("linear", "ties"):
@@ -235,8 +245,8 @@ def many(setting: Setting) -> Rows:
                 task |= {"durable": False, "threads": setting.threads, "watch": True, "what": name}
                 with _gone(Path(task["out"])):
                     cost = run_script(sys.executable, OURS, task, {})
-                timed.add(f"{name} {count}", "ours", cost["seconds"], anonymous=cost["anonymous"])
-            if number == 0 and count <= 5000 and setting.peers is not None:
+                clock.add(f"{name} {count}", "ours", cost["seconds"], anonymous=cost["anonymous"])
+            if number == 0 and count <= 2500 and setting.peers is not None:
                 out = setting.folder / "mergekit"
                 config = mergekit_config("linear", base, experts, WEIGHTS[:2], {})
                 with _gone(out):

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, types  # pyright: ignore[reportPrivateImportUsage]
 from numba.extending import intrinsic, overload
 
-SIZE = 1024  # entries of a block: six sums of them fit into the fastest cache; a multiple of 32, the bits of a word
+SIZE = 512  # entries of a block: six sums of them fit into half the fastest cache; a multiple of 32, the bits of a word
 
 
 def compiled(function: Any) -> Any:
@@ -119,13 +119,15 @@ def merge_thinned(base, experts, weights, lows, highs, masks, factors, elect, me
 
 @compiled
 def _keep_masked(expert, words, factor, rows):
-    n = len(expert)
-    for j in range((n + 31) // 32):
-        word = words[j]
+    whole = len(expert) // 32
+    for j in range(whole):
+        word, part = words[j], expert[32 * j : 32 * j + 32]
         for k in range(32):
-            rows[5 * SIZE + 32 * j + k] = (word >> np.uint32(k)) & np.uint32(1)
-    for i in range(n):
-        rows[5 * SIZE + i] = (widened(expert[i]) - rows[i]) * rows[5 * SIZE + i] * factor
+            keep = rows.dtype.type((word >> np.uint32(k)) & np.uint32(1))
+            rows[5 * SIZE + 32 * j + k] = (widened(part[k]) - rows[32 * j + k]) * keep * factor
+    for i in range(32 * whole, len(expert)):
+        keep = rows.dtype.type((words[whole] >> np.uint32(i - 32 * whole)) & np.uint32(1))
+        rows[5 * SIZE + i] = (widened(expert[i]) - rows[i]) * keep * factor
 
 
 @compiled
