@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from evomerge.errors import MethodError
 from evomerge.methods.arithmetic import SCALE, task_vectors, weighted_sum
 from evomerge.methods.base import SourceIterable, State, TensorInfo
+from evomerge.methods.chunks import CHUNK
 from evomerge.methods.matrices import ALL_MATRICES, MatrixMethod, num_kept
 from evomerge.methods.statistics import Statistics
 from evomerge.methods.weighted import NOT_NEGATIVE, missing_statistics
@@ -69,27 +70,44 @@ class Regression(MatrixMethod):
         **_: Any,
     ) -> Tensor | None:
         assert state is not None
-        vectors = list(task_vectors(base, experts, weights, dtype))
-        mean = weighted_sum((weight / num_kept(weights), tau.clone()) for _, weight, tau in vectors)
         kept = [t for t, weight in enumerate(weights) if weight != 0]
         have = [t for t in kept if info.name in state[t]]
-        if mean is None or not have:
-            return mean
-        if have != kept:
+        if have and have != kept:
             raise MethodError(
                 f"expert {next(t for t in kept if t not in have)} has no Gram matrix for {info.name}, but others have",
                 remedy="Collect them for all experts in one go.",
             )
-        tau_of = {t: tau for t, _, tau in vectors}
-        zero = torch.zeros_like(mean)  # of an expert that is the base
-        total = base.new_zeros(info.shape[1], info.shape[1], dtype=torch.float64)  # (in, in)
-        right = total.new_zeros(info.shape[1], info.shape[0])  # (in, out)
-        for t in kept:
-            G = self._gram(state[t][info.name], info, rho).to(base.device).mul_(weights[t])
-            total += G
-            right += G @ (tau_of.get(t, zero) - mean).T.double()
-        eps = torch.finfo(state[kept[0]][info.name].dtype).eps
-        return mean.add_(solve_positive(total, right, eps).T)
+        if all(experts[t] is base for t in kept):
+            return None
+        shares = [weight / num_kept(weights) for weight in weights]
+        solve = self._solver(base, [state[t][info.name] for t in have], [weights[t] for t in have], info, rho)
+        result = torch.empty(base.shape, dtype=dtype, device=base.device)
+        for rows in _row_blocks(info.shape, solve is not None):  # nothing else is as large as the tensor
+            theta_0 = base[rows]
+            parts = [theta_0 if expert is base else expert[rows] for expert in experts]
+            vectors = {t: tau for t, _, tau in task_vectors(theta_0, parts, weights, dtype)}
+            mean = weighted_sum((shares[t], tau.clone()) for t, tau in vectors.items())
+            assert mean is not None
+            if solve is not None:
+                zero = torch.zeros_like(mean)  # of an expert that is the base
+                right = torch.zeros(info.shape[1], len(mean), dtype=torch.float64, device=base.device)
+                for t in kept:
+                    G = self._gram(state[t][info.name], info, rho).to(base.device)
+                    right.addmm_(G, (vectors.get(t, zero) - mean).T.double(), alpha=weights[t])
+                mean += solve(right).T
+            result[rows] = mean
+        return result
+
+    def _solver(
+        self, base: Tensor, grams: Sequence[Tensor], weights: Sequence[float], info: TensorInfo, rho: float
+    ) -> Callable[[Any], Tensor] | None:
+        """B -> (sum_t w_t G_t)^-1 B; None without Gram matrices."""
+        if not grams:
+            return None
+        total = base.new_zeros(info.shape[1], info.shape[1], dtype=torch.float64)
+        for weight, gram in zip(weights, grams, strict=True):
+            total.add_(self._gram(gram, info, rho).to(base.device), alpha=weight)
+        return positive_solver(total, torch.finfo(grams[0].dtype).eps)
 
     def _gram(self, gram: Tensor, info: TensorInfo, rho: float) -> Tensor:
         """A copy in float64 with its off-diagonals scaled; MethodError if its shape is not (in, in)."""
@@ -142,18 +160,27 @@ class RegMeanPP(Regression):
         return super().combine(base, experts, weights=weights, **rest)
 
 
-def solve_positive(A: Tensor, B: Tensor, eps: float) -> Tensor:
-    """X with A X = B for a symmetric, positive semidefinite A: (n, n), B: (n, m) in its range; float64.
+def _row_blocks(shape: tuple[int, ...], solved: bool) -> Iterator[slice]:
+    """Blocks of rows: where something is ``solved``, so many that what is done once a block costs little beside it."""
+    step = max(shape[1] if solved else 1, CHUNK // shape[1])
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def positive_solver(A: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """B -> X with A X = B, for a symmetric, positive semidefinite A: (n, n) and B: (n, m) in its range; float64.
 
     By Cholesky where A is well enough conditioned for numbers of precision ``eps``, else the X of the least norm.
+
+    Args:
+        A: fresh memory, which is used up.
     """
-    A = A.clone()
     dead = A.diagonal() <= 0  # rows and columns of zeros: no equation at all, so that X is zero there
     A.diagonal()[dead] = 1.0
     L, failed = torch.linalg.cholesky_ex(A)
     pivots = L.diagonal().square()
     if not failed and pivots.min() > len(A) * eps * pivots.max():
-        return torch.cholesky_solve(B, L)
+        return lambda B: torch.cholesky_solve(B, L)
     values, vectors = torch.linalg.eigh(A)
     inverse = torch.where(values > len(A) * eps * values[-1], 1 / values, torch.zeros_like(values))
-    return vectors @ (inverse[:, None] * (vectors.T @ B))
+    return lambda B: vectors @ (inverse[:, None] * (vectors.T @ B))

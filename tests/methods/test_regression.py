@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evomerge.errors import MethodError
 from evomerge.methods import merge_state_dicts
-from evomerge.methods.regression import solve_positive
+from evomerge.methods.regression import positive_solver
 
 from .families import assert_close
 
@@ -132,10 +132,19 @@ def test_refusals():
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(0, 12))
-def test_solve_positive_is_the_pseudo_inverse(seed: int, n: int, rank: int):
+def test_the_solver_is_the_pseudo_inverse(seed: int, n: int, rank: int):
     rng = np.random.default_rng(seed)
     X = rng.standard_normal((min(rank, n), n))
     A = X.T @ X
     B = A @ rng.standard_normal((n, 3))
-    found = solve_positive(torch.tensor(A), torch.tensor(B), 1e-12).numpy()
+    found = positive_solver(torch.tensor(A), 1e-12)(torch.tensor(B)).numpy()
     np.testing.assert_allclose(found, np.linalg.pinv(A, rcond=1e-10, hermitian=True) @ B, rtol=1e-4, atol=1e-6)
+
+
+def test_tall_matrices_are_merged_by_blocks_of_rows():
+    """Each output is a fit of its own: rows merged apart are the rows of the whole."""
+    base, experts, X = case(8, 70_000, 3, 2, rows=20)
+    grams = [gram(x) for x in X]
+    whole = merge(base, experts, grams, [1.0, 0.5])
+    for rows in (slice(0, 5), slice(43_680, 43_700), slice(69_990, 70_000)):
+        assert_close(whole[rows], merge(base[rows], [e[rows] for e in experts], grams, [1.0, 0.5]))
