@@ -185,16 +185,15 @@ def adapter_modules(recipe: Recipe, sources: Sources) -> list[Module]:
 
 def _coefficients(recipe: Recipe, group: Group) -> list[float] | None:
     """What each expert's task vector is multiplied by; None where the merge is no weighted sum of them."""
-    method = method_of(recipe)
-    return method.task_coefficients(
-        group.weights, **check_params(recipe.method, method, {**recipe.params, **group.params})
-    )
+    method = method_of(recipe, group)
+    params = check_params(recipe.method_of(group)[0], method, recipe.params_of(group))
+    return method.task_coefficients(group.weights, **params)
 
 
 def _made(recipe: Recipe, group: Group, sources: Sources, name: str) -> LowRank:
     """The method's own factors of a tensor's merged task vector; MethodError if it has none."""
-    method = method_of(recipe)
-    params = check_params(recipe.method, method, {**recipe.params, **group.params})
+    (called, _), method = recipe.method_of(group), method_of(recipe, group)
+    params = check_params(called, method, recipe.params_of(group))
     experts = [expert.low_rank(name) if isinstance(expert, Adapter) else None for expert in sources.experts]
     kinds = [factor.dtype for found in experts if found is not None for factor in (found.A, found.B)]
     dtype = reduce(torch.promote_types, [torch.float32, sources.reference.dtype(name), *kinds])
@@ -204,7 +203,7 @@ def _made(recipe: Recipe, group: Group, sources: Sources, name: str) -> LowRank:
     if made is None:
         shown = ", ".join(f"{key} {value}" for key, value in params.items())
         raise MethodError(
-            f"method {recipe.method} ({shown}, weights {list(group.weights)}) makes of {name} no weighted sum of task "
+            f"method {called} ({shown}, weights {list(group.weights)}) makes of {name} no weighted sum of task "
             "vectors and no low-rank one, which alone an adapter can hold",
             remedy=DENSE,
         )

@@ -6,7 +6,7 @@ Names are checkpoint names: what the safetensors files hold, not what the module
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -486,9 +486,23 @@ class Sources:
         Each list of experts is emptied when the next tensor is asked for: two tensors of T experts are never in memory
         together.
         """
-        for name in self.names:
-            if self.is_float(name):
-                loaded = self.load(name)
+        return iter(self.part(self.names))
+
+    def part(self, names: Collection[str]) -> Iterable[tuple[TensorInfo, Tensor | None, list[Any]]]:
+        """The same of some tensors only, in the same order."""
+        return _Part(self, names)
+
+
+class _Part:
+    """Some tensors of ``sources``, again and again."""
+
+    def __init__(self, sources: Sources, names: Collection[str]):
+        self.sources, self.names = sources, frozenset(names)
+
+    def __iter__(self) -> Iterator[tuple[TensorInfo, Tensor | None, list[Any]]]:
+        for name in self.sources.names:
+            if name in self.names and self.sources.is_float(name):
+                loaded = self.sources.load(name)
                 yield loaded
                 loaded[2].clear()
 

@@ -166,14 +166,14 @@ def _hash(files: Sequence[tuple[Path, str]]) -> str:
     return hashlib.sha256("\n".join(sha256 for _, sha256 in files).encode()).hexdigest()
 
 
-def statistics_for(recipe: Recipe, kind: str) -> list[TensorFile]:
-    """What a method that needs this kind is given for ``recipe``.
+def statistics_for(recipe: Recipe, kind: str, method: str) -> list[TensorFile]:
+    """What ``method``, which needs this kind, is given for ``recipe``.
 
     Raises MethodError if the recipe names no statistics, CheckpointError if they do not fit it.
     """
     if recipe.statistics is None:
         raise MethodError(
-            f"method {recipe.method} needs statistics of each expert ({kind}), but the recipe names none",
+            f"method {method} needs statistics of each expert ({kind}), but the recipe names none",
             remedy=how_to_collect(kind),
         )
     return open_collected(recipe.statistics, kind, recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from evomerge.hub import hub_id
 from evomerge.mergekit_methods import COUNTERPARTS, refuse
 from evomerge.mergekit_tokenizer import write_tokenizer
+from evomerge.parts import is_pattern, matcher
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.stages import stages
 
@@ -73,10 +75,14 @@ def _reference(source: Source, names: Mapping[str, str], adapter_of: Source | No
 
 def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[str, str]) -> dict[str, Any]:
     """One configuration."""
+    recipe = recipe.canonical()
+    if any(group.method is not None for group in recipe.groups):
+        raise refuse(f"a method for each part of the model ({', '.join(recipe.methods)})")
     if recipe.method not in COUNTERPARTS or recipe.code is not None:
         raise refuse(f"method {recipe.method}")
     if any(group.kinds for group in recipe.groups):
         raise refuse("groups by kind of module")
+    recipe = _spelt_out(recipe)
     counterpart = COUNTERPARTS[recipe.method]
     params = recipe.to_dict()["params"]
     settings = [{**params, **group.params} for group in recipe.groups]
@@ -143,6 +149,20 @@ def _tokenizer(recipe: Recipe, reference_of: Mapping[str, Any], base: Any) -> di
         return write_tokenizer(recipe.tokenizer, reference_of)
     except KeyError as error:
         raise refuse(f"a token without a source ({error.args[0]})") from None
+
+
+def _spelt_out(recipe: Recipe) -> Recipe:
+    """``recipe`` with the names of the tensors in place of patterns of them."""
+    from evomerge.merging import open_source
+
+    if not any(is_pattern(word) for group in recipe.groups for word in group.tensors or ()):
+        return recipe
+    names, groups = open_source(recipe.base or recipe.experts[0]).names, []
+    for group in recipe.groups:
+        held = matcher(group.tensors or ())
+        found = tuple(name for name in names if held(name))
+        groups.append(group if group.tensors is None else replace(group, tensors=found))
+    return replace(recipe, groups=tuple(groups))
 
 
 def _conditions(groups: Sequence[Group], values: Sequence[Any]) -> Any:

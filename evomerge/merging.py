@@ -32,12 +32,13 @@ from evomerge.collected import statistics_for, verify_collected
 from evomerge.errors import CheckpointError, EvaluatorError, SpecError, nearest
 from evomerge.folders import find_folder, some
 from evomerge.hub import pin
-from evomerge.methods.base import Method, TensorInfo, check_params
+from evomerge.methods.base import Method, check_params
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.lookup import method_of
+from evomerge.parts import check_parts
 from evomerge.placement import Placement, place, refuse_offloaded
 from evomerge.progress import Progress
-from evomerge.recipe import DTYPES, Recipe, Source
+from evomerge.recipe import DTYPES, Group, Recipe, Source
 from evomerge.safetensor_files import ShardWriter
 
 Report = Callable[[int, int], None]
@@ -55,8 +56,21 @@ class NotFiniteError(CheckpointError):
     """A merged number is NaN or infinite."""
 
 
+@dataclass
+class _Part:
+    """All groups of a recipe that one method merges: their checked parameters, and what it prepared for them."""
+
+    method: Method
+    params: dict[int, dict[str, Any]] = field(default_factory=dict)  # id of a group -> parameters
+    names: set[str] = field(default_factory=set)  # of the tensors in these groups
+    state: Any = None
+
+
 class _Plan:
-    """What is the same for all tensors of one recipe: the method, checked parameters by group, the prepared state."""
+    """What is the same for all tensors of one recipe: the methods, checked parameters by group, the prepared states.
+
+    A method is prepared over the tensors that it merges and no others.
+    """
 
     def __init__(self, merger: Merger, recipe: Recipe):
         sources = merger.sources
@@ -69,22 +83,36 @@ class _Plan:
                 remedy=f"The groups must cover the layers 0 to {layers}, the last one excluded.",
             )
         self._group_of = {name: recipe.group_for(info) for name, info in merger.infos.items()}
-        self.recipe, self.method, self.dtype = recipe, method_of(recipe), torch_dtype(recipe.export_dtype)
-        self._groups = {
-            id(group): check_params(recipe.method, self.method, {**recipe.params, **group.params})
-            for group in recipe.groups
-        }
-        statistics = merger.statistics(recipe, self.method.statistics)
-        if self.method.needs_factors:
-            used = [any(g.weights[t] for g in recipe.groups) for t in range(len(recipe.experts))]
-            sources.require_factors(recipe.method, used)
-        groups = list(self._groups.values())
-        self.state = merger.state(recipe.method, self.method, groups, recipe.seed, statistics)
+        self.recipe, self.dtype = recipe, torch_dtype(recipe.export_dtype)
+        parts: dict[str, _Part] = {}
+        self._parts: dict[int, _Part] = {}  # by the id of a group
+        for group in recipe.groups:
+            name, _ = recipe.method_of(group)
+            part = self._parts[id(group)] = parts.get(name) or _Part(method_of(recipe, group))
+            parts[name] = part
+            part.params[id(group)] = check_params(name, part.method, recipe.params_of(group))
+        for name, group in self._group_of.items():
+            self._parts[id(group)].names.add(name)
+        for name, part in parts.items():
+            if part.method.needs_factors:
+                own = [group for group in recipe.groups if self._parts[id(group)] is part]
+                used = [any(group.weights[t] for group in own) for t in range(len(recipe.experts))]
+                sources.require_factors(name, used)
+            if part.names:
+                statistics = merger.statistics(recipe, part.method)
+                part.state = merger.state(name, part, recipe.seed, statistics)
 
-    def numbers(self, info: TensorInfo) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """(weights, parameters) for a tensor."""
-        group = self._group_of[info.name]
-        return group.weights, self._groups[id(group)]
+    def of(self, name: str) -> tuple[_Part, Group, dict[str, Any]]:
+        """How a tensor is merged: (method and state, weights, parameters)."""
+        group = self._group_of[name]
+        part = self._parts[id(group)]
+        return part, group, part.params[id(group)]
+
+    def is_base(self, name: str) -> bool:
+        """Is the merge of this tensor, whatever the experts hold, its base?"""
+        part, group, params = self.of(name)
+        coefficients = part.method.task_coefficients(group.weights, **params)
+        return coefficients is not None and not any(coefficients)
 
 
 @dataclass
@@ -112,8 +140,8 @@ class Merger:
         self.sources, self.device = sources, device
         self.fixed_params = None if fixed_params is None else dict(fixed_params)
         self.infos = {name: sources.info(name) for name in sources.names if sources.is_float(name)}
-        # method -> (what was fixed, the statistics, its state)
-        self._states: dict[Method, tuple[dict[str, Any], Sequence[Any] | None, Any]] = {}
+        # method -> (what was fixed, its tensors, the statistics, its state)
+        self._states: dict[Method, tuple[dict[str, Any], set[str], Sequence[Any] | None, Any]] = {}
         self._statistics: dict[str, Sequence[Any]] = {}  # of experts, by where they are
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
@@ -196,27 +224,22 @@ class Merger:
                     os.fsync(handle.fileno())
         return hashes
 
-    def statistics(self, recipe: Recipe, kind: str | None) -> Sequence[Any] | None:
-        """A mapping an expert of the statistics of this kind that ``recipe`` names, opened once; None for no kind."""
+    def statistics(self, recipe: Recipe, method: Method) -> Sequence[Any] | None:
+        """A mapping an expert of the statistics that ``method`` needs and ``recipe`` names, opened once; or None."""
+        kind = method.statistics
         if kind is None:
             return None
         place = json.dumps([kind, recipe.statistics and recipe.statistics.to_dict()])
         if place not in self._statistics:
-            self._statistics[place] = statistics_for(recipe, kind)
+            self._statistics[place] = statistics_for(recipe, kind, method.name)
         return self._statistics[place]
 
-    def state(
-        self,
-        name: str,
-        method: Method,
-        groups: Sequence[Mapping[str, Any]],
-        seed: int,
-        statistics: Sequence[Any] | None = None,
-    ) -> Any:
-        """What ``method`` prepared for the parameters that all ``groups`` share and no candidate changes.
+    def state(self, name: str, part: _Part, seed: int, statistics: Sequence[Any] | None = None) -> Any:
+        """What a method prepared for the tensors of ``part`` and those of its parameters that nothing changes.
 
         A method that ``draws`` learns the seed where there will be many candidates: they have it in common.
         """
+        method, tensors, groups = part.method, part.names, list(part.params.values())
         first, known_fixed = groups[0], (self.fixed_params or {}).get(name)
         fixed = {
             key: value
@@ -227,10 +250,11 @@ class Merger:
         if method.draws and self.fixed_params is not None:
             fixed["seed"] = seed
         known = self._states.get(method)
-        if known is None or known[0] != fixed or known[1] is not statistics:
-            state = method.prepare(self.sources, statistics, **fixed)
-            known = self._states[method] = fixed, statistics, state
-        return known[2]
+        if known is None or known[:2] != (fixed, tensors) or known[2] is not statistics:
+            held = self.sources if len(tensors) == len(self.infos) else self.sources.part(tensors)
+            state = method.prepare(held, statistics, **fixed)
+            known = self._states[method] = fixed, tensors, statistics, state
+        return known[3]
 
     def _must_write(self, resident: _Resident, plan: _Plan, name: str) -> bool:
         """False where the model holds this tensor's base already and the merge is the base. Notes what will be held."""
@@ -243,11 +267,16 @@ class Merger:
         return held != plan.dtype
 
     def _stays_base(self, plan: _Plan, name: str) -> bool:
-        return self.sources.base is not None and plan.method.keeps_base and not self.sources.touched(name)
+        """False where it takes a merge to know."""
+        if self.sources.base is None:
+            return False
+        if not self.sources.touched(name):
+            return plan.of(name)[0].method.keeps_base
+        return plan.is_base(name)
 
     def _merged(self, plan: _Plan, name: str) -> Iterator[Tensor]:
         """The merged tensor in the recipe's export_dtype: flat pieces in row-major order. Non-floats are the base's."""
-        sources, method = self.sources, plan.method
+        sources = self.sources
         if not sources.is_float(name) or self._stays_base(plan, name):
             tensor = sources.reference.tensor(name).reshape(-1)
             for start, stop in grid(tensor.numel()):
@@ -255,14 +284,15 @@ class Merger:
                 yield piece.to(plan.dtype) if tensor.is_floating_point() else piece
             return
         info = self.infos[name]
-        weights, params = plan.numbers(info)
-        call = {"weights": weights, "state": plan.state, "seed": plan.recipe.seed}
+        part, group, params = plan.of(name)
+        method, state, weights = part.method, part.state, group.weights
+        call = {"weights": weights, "state": state, "seed": plan.recipe.seed}
         factors = method.factors and sources.has_factors(name)
-        if not factors and method.chunked_with(plan.state, **params):
+        if not factors and method.chunked_with(state, **params):
             # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
             skip = [weight == 0 and method.is_linear(**params) for weight in weights]
-            for part, base, experts in sources.chunks(name, device=self.device, skip=skip, widen=not method.widens):
-                yield method.merge(base, experts, info=part, **call, **params).reshape(-1).to(plan.dtype)
+            for piece, base, experts in sources.chunks(name, device=self.device, skip=skip, widen=not method.widens):
+                yield method.merge(base, experts, info=piece, **call, **params).reshape(-1).to(plan.dtype)
             return
         _, base, experts = sources.load(name, factors=factors, kept=True)
         base, experts = _on_device(self.device, base, experts)
@@ -356,9 +386,12 @@ def open_sources(recipe: Recipe) -> Sources:
                 check_tokenizers(first, [expert])
             experts.append(expert)
     if recipe.tokenizer is None:
-        return Sources(base, experts)
-    names = [source.name for source in recipe.experts]
-    return align(base, experts, names, recipe.tokenizer, tensors or vocabulary_names(experts[0]))
+        sources = Sources(base, experts)
+    else:
+        names = [source.name for source in recipe.experts]
+        sources = align(base, experts, names, recipe.tokenizer, tensors or vocabulary_names(experts[0]))
+    check_parts(recipe, [sources.info(name) for name in sources.names if sources.is_float(name)])
+    return sources
 
 
 def open_source(source: Source, base: Any = None, vocabulary: Collection[str] = ()) -> Any:
@@ -423,9 +456,10 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
 
     base = None if recipe.base is None else checked(recipe.base, "base")
     recipe = replace(recipe, base=base, experts=tuple(checked(source, "expert") for source in recipe.experts))
-    if recipe.statistics is None or (kind := method_of(recipe).statistics) is None:
+    kinds = sorted({kind for group in recipe.groups if (kind := method_of(recipe, group).statistics) is not None})
+    if recipe.statistics is None or not kinds:
         return recipe
-    return replace(recipe, statistics=verify_collected(recipe.statistics, [kind], recipe))
+    return replace(recipe, statistics=verify_collected(recipe.statistics, kinds, recipe))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
             metric), ``compute_dtype``, ``libraries`` (name -> version); ``tokenizer`` and ``chat_template``, where they
             are not the base's.
     """
-    head = {"library_name": "transformers", "tags": ["merge", "evomerge", recipe.method]}
+    head = {"library_name": "transformers", "tags": ["merge", "evomerge", *recipe.methods]}
     on_hub = [found.repo for _, source, _ in all_sources(recipe) if (found := _on_hub(source)) is not None]
     if on_hub:
         head |= {"base_model": list(dict.fromkeys(on_hub)), "base_model_relation": "merge"}
@@ -37,7 +37,7 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
 def adapter_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     """The same for a merge that was written as a LoRA adapter."""
     assert recipe.base is not None
-    head: dict[str, Any] = {"library_name": "peft", "tags": ["merge", "evomerge", "lora", recipe.method]}
+    head: dict[str, Any] = {"library_name": "peft", "tags": ["merge", "evomerge", "lora", *recipe.methods]}
     on_hub = _on_hub(recipe.base)
     if on_hub is not None:
         head |= {"base_model": on_hub.repo, "base_model_relation": "adapter"}
@@ -61,8 +61,8 @@ def _card(
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_cell(title)}",
-        f"A merge of {_count(len(recipe.experts), 'expert')} of one base ({_cell(architecture)}) by `{recipe.method}`, "
-        f"{how} by evomerge {__version__}."
+        f"A merge of {_count(len(recipe.experts), 'expert')} of one base ({_cell(architecture)}) by "
+        f"{listed([f'`{method}`' for method in recipe.methods])}, {how} by evomerge {__version__}."
         + (f" It is `{_cell(card['subject'])}` of the study." if card.get("subject") else ""),
         *([note] if note else []),
         _sources(recipe),
@@ -102,7 +102,11 @@ def all_sources(recipe: Recipe, of: str = "") -> list[tuple[str, Source, str]]:
 def _sources(recipe: Recipe) -> str:
     def name(source: Source) -> str:
         stage = source.recipe
-        return source.name if stage is None else f"{source.name}, a stage by {stage.method} in {stage.export_dtype}"
+        return (
+            source.name
+            if stage is None
+            else f"{source.name}, a stage by {listed(stage.methods)} in {stage.export_dtype}"
+        )
 
     header, rows = ["role", "name", "SHA-256 of its content"], []
     for role, source, content in all_sources(recipe):
@@ -128,15 +132,19 @@ def _weights(recipe: Recipe) -> str:
     rows = []
     for group in recipe.groups[:MOST_ROWS]:
         params = ", ".join(f"{k} {v}" for k, v in group.params.items())
-        rows.append([label(group), *(f"{weight:.4g}" for weight in group.weights), params])
+        method = [recipe.method_of(group)[0]] if len(recipe.methods) > 1 else []
+        rows.append([label(group), *method, *(f"{weight:.4g}" for weight in group.weights), params])
+    header = ["part", *["method"] * (len(recipe.methods) > 1), *(s.name for s in recipe.experts), "parameters"]
     if len(recipe.groups) > MOST_ROWS:
-        rows.append([f"{len(recipe.groups) - MOST_ROWS} more in recipe.yaml", *[""] * (len(recipe.experts) + 1)])
-    header = ["part", *(source.name for source in recipe.experts), "parameters"]
+        rows.append([f"{len(recipe.groups) - MOST_ROWS} more in recipe.yaml", *[""] * (len(header) - 1)])
     if not any(group.params for group in recipe.groups):
         header, rows = header[:-1], [row[:-1] for row in rows]
     settings = {k: v for k, v in recipe.to_dict()["params"].items() if v is not None}
     shared = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return "Weights:\n\n" + _table(header, rows) + (f"\n\nParameters: {shared}." if shared else "")
+    if all(group.method is not None for group in recipe.groups):
+        shared = ""  # those at the top are nobody's
+    of = f" of {recipe.method}" if shared and len(recipe.methods) > 1 else ""
+    return "Weights:\n\n" + _table(header, rows) + (f"\n\nParameters{of}: {shared}." if shared else "")
 
 
 def _scores(card: Mapping[str, Any]) -> str:
@@ -167,6 +175,11 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _cell(text: object) -> str:
     """Text that stays inside its cell and is no markup."""
     return str(text).replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+
+
+def listed(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _count(n: int, noun: str) -> str:

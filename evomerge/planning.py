@@ -150,7 +150,7 @@ def build_plan(
     make_searcher(spec, unplaced)
     if statistics:
         require_statistics(unplaced, spec)
-    for method in unplaced.methods:
+    for method in unplaced.all_methods:
         if find_method(method, spec.code_folder).method.needs_factors:
             sources.require_factors(method)
 
@@ -238,7 +238,7 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
 
 def statistics_needed(space: Space, spec: Spec) -> dict[str, str]:
     """Method -> the kind of statistics that it needs, of those methods of the space that need any."""
-    kinds = {name: find_method(name, spec.code_folder).method.statistics for name in space.methods}
+    kinds = {name: find_method(name, spec.code_folder).method.statistics for name in space.all_methods}
     return {name: kind for name, kind in kinds.items() if kind is not None}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import MethodError, SpecError, nearest
+from evomerge.parts import KINDS, Entry, is_pattern, matcher, written_groups
 from evomerge.plugins import Code, names_file, split_reference
 from evomerge.tokenizer_choice import TokenizerChoice, read_choice
 from evomerge.validation import at, read_documents, validate
@@ -20,13 +21,12 @@ if TYPE_CHECKING:
     from evomerge.methods.base import TensorInfo
 
 FORMAT = 1
-KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 RECIPE_FILES = (".yaml", ".yml", ".json")
 MOST_STAGES = 16  # recipes inside each other
 KEYS = (
     "evomerge_recipe", "base", "experts", "tokenizer", "method", "code", "params", "statistics", "groups", "weights",
-    "seed", "export_dtype",
+    "filter", "methods", "seed", "export_dtype",
 )  # fmt: skip
 
 
@@ -62,7 +62,12 @@ class Group:
     A tensor belongs to the first group that holds it by all that the group names. ``layers`` is a half-open range of
     layer indices; tensors outside any layer go with layer 0 when they come before the layers (embeddings), otherwise
     with the last layer that the recipe names (final norm, head, the rest). ``kinds`` are among KINDS; ``tensors`` are
-    checkpoint names. None is no condition. ``params`` override the recipe's own.
+    checkpoint names, or patterns of them (``*``, ``?``, ``[0-9]``). None is no condition.
+
+    Without a ``method`` of its own a group has the recipe's, whose parameters its ``params`` override. With one (and
+    its ``code``, if it is not evomerge's) its ``params`` are all of that method's.
+
+    ``where`` is the place in a file that errors name, and no part of what the group is.
     """
 
     weights: tuple[float, ...]
@@ -70,6 +75,9 @@ class Group:
     params: Mapping[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] | None = None
     tensors: tuple[str, ...] | None = None
+    method: str | None = None
+    code: Code | None = None
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def part(self) -> tuple[tuple[int, int] | None, tuple[str, ...] | None, tuple[str, ...] | None]:
@@ -82,6 +90,7 @@ class Recipe:
     """Sources (with content hashes), method, every number and seed.
 
     ``statistics`` are those of a method that is weighted by data; ``collected.verify_collected`` fills in their hashes.
+    ``method`` and ``params`` are those of the groups that have none of their own.
 
     ``code`` is that of a method which is not evomerge's own. It does not run by being named here, so that the numbers
     of such a recipe are checked when it is merged (``methods.lookup.permit``). ``tokenizer`` is the vocabulary that the
@@ -103,11 +112,14 @@ class Recipe:
         """The one group that ``info`` belongs to; SpecError if the recipe has none for it."""
         by_name, others = self._by_tensor
         for number in sorted({*by_name.get(info.name, ()), *others}) if info.name in by_name else others:
-            group = self.groups[number]
-            if holds(info, group.layers, group.kinds, self.end):
+            group, matches = self.groups[number], self._patterns.get(number)
+            if (number in by_name.get(info.name, ()) or matches is None or matches(info.name)) and holds(
+                info, group.layers, group.kinds, self.end
+            ):
                 return group
         raise SpecError(
             f"no group of the recipe holds the tensor {info.name}",
+            where=self.groups[-1].where or None,
             remedy="Add a last group that names neither layers nor kinds nor tensors: it takes what is left.",
         )
 
@@ -118,15 +130,35 @@ class Recipe:
 
     @cached_property
     def _by_tensor(self) -> tuple[dict[str, list[int]], list[int]]:
-        """(tensor name -> numbers of the groups that name it, numbers of the groups that name no tensors)."""
+        """(tensor name -> numbers of the groups that name it, numbers of those with patterns, or without tensors)."""
         by_name: dict[str, list[int]] = {}
         for number, group in enumerate(self.groups):
             for name in group.tensors or ():
                 by_name.setdefault(name, []).append(number)
-        return by_name, [number for number, group in enumerate(self.groups) if group.tensors is None]
+        others = [n for n, group in enumerate(self.groups) if group.tensors is None or n in self._patterns]
+        return by_name, others
+
+    @cached_property
+    def _patterns(self) -> dict[int, Callable[[str], bool]]:
+        """Number of a group -> whether one of its patterns matches a name; of groups that have any."""
+        written = {n: [w for w in group.tensors or () if is_pattern(w)] for n, group in enumerate(self.groups)}
+        return {number: matcher(words) for number, words in written.items() if words}
 
     def params_for(self, info: TensorInfo) -> dict[str, Any]:
-        return {**self.params, **self.group_for(info).params}
+        return self.params_of(self.group_for(info))
+
+    def method_of(self, group: Group) -> tuple[str, Code | None]:
+        """The method of a group and its code."""
+        return (self.method, self.code) if group.method is None else (group.method, group.code)
+
+    def params_of(self, group: Group) -> dict[str, Any]:
+        """The parameters of a group's method, as far as the recipe gives them."""
+        return {**(self.params if group.method is None else {}), **group.params}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that its groups have, each once."""
+        return tuple(dict.fromkeys(self.method_of(group)[0] for group in self.groups))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in recipe.yaml: every number of the merge, the method's defaults included.
@@ -147,9 +179,13 @@ class Recipe:
                 if value is not None
             }
             entry["weights"] = {s.name: float(w) for s, w in zip(self.experts, group.weights, strict=True)}
-            if group.params:
-                checked = self._checked({**self.params, **group.params})
-                entry["params"] = {key: checked[key] for key in group.params}
+            if group.method is not None:
+                entry["method"] = group.method
+                entry |= {"code": group.code.to_dict()} if group.code else {}
+            if group.method is not None or group.params:
+                checked = self._checked(group)
+                own = checked if group.method is not None else {key: checked[key] for key in group.params}
+                entry |= {"params": own} if own else {}
             groups.append(entry)
         return {
             "evomerge_recipe": FORMAT,
@@ -158,23 +194,45 @@ class Recipe:
             **({"tokenizer": self.tokenizer.short()} if self.tokenizer else {}),
             "method": self.method,
             **({"code": self.code.to_dict()} if self.code else {}),
-            "params": self._checked(self.params),
+            "params": self._checked(),
             **({"statistics": self.statistics.to_dict()} if self.statistics else {}),
             "groups": groups,
             "seed": self.seed,
             "export_dtype": self.export_dtype,
         }
 
-    def _checked(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        return _check_params(self.method, params) if self.code is None else dict(params)
+    def _checked(self, group: Group | None = None) -> dict[str, Any]:
+        """All parameters of a group, or those that the recipe has for groups without a method of their own."""
+        method, code = (self.method, self.code) if group is None else self.method_of(group)
+        params = dict(self.params) if group is None else self.params_of(group)
+        return _check_params(method, params) if code is None else params
+
+    def canonical(self) -> Recipe:
+        """The same merge as its equals are written: the last group's method is the recipe's, and nobody repeats it."""
+        if all(group.method is None for group in self.groups):
+            return self
+        last, params = self.method_of(self.groups[-1]), self._checked(self.groups[-1])
+        groups = []
+        for group in self.groups:
+            (method, code), own = self.method_of(group), self._checked(group)
+            if (method, code) == last and own.keys() == params.keys():
+                different = {key: value for key, value in own.items() if value != params[key]}
+                groups.append(replace(group, method=None, code=None, params=different))
+            else:
+                groups.append(replace(group, method=method, code=code, params=own))
+        return replace(self, method=last[0], code=last[1], params=params, groups=tuple(groups))
 
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of everything but names of places: content hashes stand for sources, code and statistics, not
         their paths.
 
-        A stage's is the hash of its recipe.
+        A stage's is the hash of its recipe. Where groups have methods of their own, it does not matter which of the
+        methods stands at the top.
         """
+        return self.canonical()._hash()
+
+    def _hash(self) -> str:
         data = self.to_dict()
         written = [data["base"], *data["experts"]]
         for source, entry in zip((self.base, *self.experts), written, strict=True):
@@ -183,8 +241,10 @@ class Recipe:
                 del entry["sha256"]
             elif source is not None and source.sha256:
                 del entry["path"]
-        if self.code is not None and self.code.sha256:
-            data["method"], data["code"] = split_reference(self.method)[1] or self.method, self.code.sha256
+        for thing, entry in ((self, data), *zip(self.groups, data["groups"], strict=True)):
+            if thing.code is not None and thing.code.sha256:
+                name = str(thing.method)
+                entry["method"], entry["code"] = split_reference(name)[1] or name, thing.code.sha256
         if self.statistics is not None and self.statistics.sha256:
             del data["statistics"]["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -194,8 +254,9 @@ class Recipe:
         """A recipe from plain data: what ``to_dict`` gives, the short form people write, or a mergekit configuration.
 
         The short form may leave out hashes and everything that has a default, gives ``base`` as a path, ``experts`` as
-        {name: path}, and ``weights`` (one number, or {name: number}) at the top level instead of ``groups``. A source
-        that is a recipe file, or {recipe: data or file}, is a stage.
+        {name: path}, and ``weights`` (one number, or {name: number}) at the top level instead of ``groups``. ``filter``
+        and ``methods`` are short for groups as well (``evomerge.parts``). A source that is a recipe file, or {recipe:
+        data or file}, is a stage.
 
         Args:
             where: the file that errors name.
@@ -296,16 +357,13 @@ class _Reader:
             )
         experts = self.experts(data.get("experts"))
         names = [source.name for source in experts]
-        method, code = self.method(data, len(experts))
         base = None if data.get("base") is None else self.source("base", data["base"], "base")
-        params = self.params("params", method, {}, data.get("params"))
-        statistics = self.statistics(data.get("statistics"), method)
-        if ("groups" in data) == ("weights" in data):
-            raise self.error("", "exactly one of weights and groups must be given", "Give weights: {name: number}.")
-        if "weights" in data:
-            groups: tuple[Group, ...] = (Group(self.weights("weights", method, data["weights"], names)),)
-        else:
-            groups = self.groups(data["groups"], method, params, names)
+        place, top, entries = written_groups(data, names, self.error)
+        key, has_base = f"{place}." if place else "", base is not None
+        method, code = self.method(top, len(experts), has_base, key)
+        params = self.params(f"{key}params", method, {}, top.get("params"))
+        groups = self.groups(entries, (method, params), names, has_base)
+        statistics = self.statistics(data.get("statistics"), {group.method or method for group in groups})
         seed = data.get("seed", 0)
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise self.error("seed", f"a seed is a whole number from 0 on, but is {_shown(seed)}")
@@ -342,7 +400,8 @@ class _Reader:
         if not isinstance(entry, Mapping):
             raise self.error(key, f"must be a folder's path, but is {_shown(data)}")
         self.known_keys(key, entry, ("name", "path", "recipe", "sha256"))
-        name, path, sha256 = entry.get("name", name), entry.get("path"), entry.get("sha256") or ""
+        name, path, sha256 = entry.get("name", name), entry.get("path"), entry.get("sha256")
+        sha256 = "" if sha256 is None else sha256
         if not isinstance(name, str) or not name:
             raise self.error(key, f"needs a name, but has {_shown(name)}")
         if not isinstance(sha256, str):
@@ -378,40 +437,49 @@ class _Reader:
             raise self.error(key, f"there is no recipe {data!r} ({file.absolute()})", "Give the path of a recipe.")
         return _load(file, self.inside)
 
-    def method(self, data: Mapping[Any, Any], num_experts: int) -> tuple[str, Code | None]:
-        """The method's name, and its code if that is not evomerge's own (which is not looked at)."""
+    def method(
+        self, data: Mapping[Any, Any], num_experts: int, has_base: bool, key: str = ""
+    ) -> tuple[str, Code | None]:
+        """The method's name, and its code if that is not evomerge's own (which is not looked at).
+
+        Args:
+            key: where ``data`` stands, with a dot at its end.
+        """
         from evomerge import installed
         from evomerge.methods import METHODS
         from evomerge.methods.base import check_experts
         from evomerge.plugins import METHOD
 
-        name, has_base = data.get("method"), data.get("base") is not None
+        name = data.get("method")
         if not isinstance(name, str):
-            raise self.error("method", f"must be a method's name, but is {_shown(name)}", nearest("", METHODS))
+            raise self.error(f"{key}method", f"must be a method's name, but is {_shown(name)}", nearest("", METHODS))
         if names_file(name) or (name not in METHODS and "code" in data):
-            return name, self.code(name, data.get("code"))
+            return name, self.code(f"{key}code", name, data.get("code"))
         if name not in METHODS:
             others = installed.names(METHOD)
             if name not in others:
                 raise self.error(
-                    "method", f"there is no method {_shown(name)}", nearest(str(name), [*METHODS, *others])
+                    f"{key}method", f"there is no method {_shown(name)}", nearest(str(name), [*METHODS, *others])
                 )
             return name, Code()
         if data.get("code") is not None:
-            raise self.error("code", f"method {name} is evomerge's own and has no code of its own", "Leave code out.")
+            raise self.error(
+                f"{key}code", f"method {name} is evomerge's own and has no code of its own", "Leave code out."
+            )
         try:
             check_experts(METHODS[name], has_base, num_experts)
         except MethodError as error:
-            raise self.error("experts" if has_base else "base", error.problem, error.remedy) from None
+            place = f"{key}method" if key else "experts" if has_base else "base"
+            raise self.error(place, error.problem, error.remedy) from None
         return name, None
 
-    def code(self, name: str, data: Any) -> Code:
+    def code(self, key: str, name: str, data: Any) -> Code:
         """The code of a method, given as {path or package, sha256}; by default the file that its name says."""
         entry = {} if data is None else data
         place = "path" if names_file(name) else "package"
         if not isinstance(entry, Mapping) or not all(isinstance(value, str) for value in entry.values()):
-            raise self.error("code", f"must be a table {{{place}, sha256}}, but is {_shown(data)}")
-        self.known_keys("code", entry, (place, "sha256"))
+            raise self.error(key, f"must be a table {{{place}, sha256}}, but is {_shown(data)}")
+        self.known_keys(key, entry, (place, "sha256"))
         if place == "package":
             return Code(package=entry.get("package", ""), sha256=entry.get("sha256", ""))
         path = entry.get("path") or split_reference(name)[0]
@@ -419,18 +487,21 @@ class _Reader:
             path = str(self.folder / Path(path).expanduser())
         return Code(path=path, sha256=entry.get("sha256", ""))
 
-    def statistics(self, data: Any, method: str) -> Collected | None:
-        """The folder that a method weighted by data reads, given as a path or as {path, sha256: {kind: hash}}."""
+    def statistics(self, data: Any, methods: set[str]) -> Collected | None:
+        """The folder that methods weighted by data read, given as a path or as {path, sha256: {kind: hash}}."""
         from evomerge.methods import METHODS
         from evomerge.methods.statistics import how_to_collect
 
-        kind = None if _foreign(method) else METHODS[method].statistics
+        known = {method: METHODS[method].statistics for method in sorted(methods) if not _foreign(method)}
         if data is None:
-            if kind is not None:
-                raise self.error("statistics", f"is missing: method {method} needs them ({kind})", how_to_collect(kind))
+            for method, kind in known.items():
+                if kind is not None:
+                    raise self.error(
+                        "statistics", f"is missing: method {method} needs them ({kind})", how_to_collect(kind)
+                    )
             return None
-        if not _foreign(method) and kind is None:
-            raise self.error("statistics", f"method {method} uses none", "Leave statistics out.")
+        if len(known) == len(methods) and not any(known.values()):
+            raise self.error("statistics", f"method {' and '.join(known)} uses none", "Leave statistics out.")
         entry = {"path": data} if isinstance(data, str) else data
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
             raise self.error("statistics", f"must be the path of a folder, but is {_shown(data)}")
@@ -462,17 +533,18 @@ class _Reader:
             raise MethodError(error.problem, where=at(self.where, key), remedy=error.remedy) from None
         return {name: checked[name] for name in given} if shared else checked
 
-    def groups(self, data: Any, method: str, params: Mapping[str, Any], names: list[str]) -> tuple[Group, ...]:
-        if not isinstance(data, list) or not data:
-            raise self.error("groups", f"must be a list of groups, but is {_shown(data)}")
-        plain = not any(isinstance(entry, Mapping) and ("kinds" in entry or "tensors" in entry) for entry in data)
+    def groups(
+        self, entries: Sequence[Entry], top: tuple[str, Mapping[str, Any]], names: list[str], has_base: bool
+    ) -> tuple[Group, ...]:
+        """``top``: the method of those that name none, and its parameters."""
+        plain = not any(isinstance(e.data, Mapping) and ("kinds" in e.data or "tensors" in e.data) for e in entries)
         found: list[Group] = []
-        for g, entry in enumerate(data):
-            key = f"groups[{g}]"
-            if not isinstance(entry, Mapping):
-                raise self.error(key, f"must be a table with weights, but is {_shown(entry)}")
-            self.known_keys(key, entry, ("layers", "kinds", "tensors", "weights", "params"))
-            layers = self.layers(f"{key}.layers", entry.get("layers"))
+        for entry in entries:
+            key, data = entry.key, entry.data
+            if not isinstance(data, Mapping):
+                raise self.error(key, f"must be a table with weights, but is {_shown(data)}")
+            self.known_keys(key, data, ("layers", "kinds", "tensors", "weights", "params", "method", "code"))
+            layers = self.layers(f"{key}.layers", data.get("layers"))
             if plain and layers is not None:
                 place = found[-1].layers[1] if found and found[-1].layers else 0
                 if layers[0] != place:
@@ -481,15 +553,25 @@ class _Reader:
                         f"groups follow each other from layer 0 on: this one must start at {place}, but is "
                         f"{list(layers)}",
                     )
-            elif plain and len(data) > 1:
+            elif plain and len(entries) > 1:
                 raise self.error(f"{key}.layers", "is missing: with several groups each names its layers")
+            (method, shared), own, code = top, None, None
+            if data.get("method") is not None:
+                own, code = self.method(data, len(names), has_base, f"{key}.")
+                method, shared = own, {}
+            elif "code" in data:
+                raise self.error(f"{key}.code", "there is no method here that it could be the code of")
+            given = data.get("params")
             found.append(
                 Group(
-                    self.weights(f"{key}.weights", method, entry.get("weights"), names),
+                    self.weights(entry.weights_key, method, data.get("weights"), names),
                     layers,
-                    self.params(f"{key}.params", method, params, entry["params"]) if entry.get("params") else {},
-                    self.words(f"{key}.kinds", entry.get("kinds"), KINDS),
-                    self.words(f"{key}.tensors", entry.get("tensors")),
+                    self.params(f"{key}.params", method, shared, given) if given or own is not None else {},
+                    self.words(f"{key}.kinds", data.get("kinds"), KINDS),
+                    self.words(f"{key}.tensors", data.get("tensors")),
+                    own,
+                    code,
+                    at(self.where, key) if key else self.where,
                 )
             )
         return tuple(found)

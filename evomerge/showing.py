@@ -18,6 +18,7 @@ from evomerge.launch import Options, storage_of
 from evomerge.memory import worker_bytes
 from evomerge.merging import written_bytes
 from evomerge.methods import METHODS
+from evomerge.modelcard import listed
 from evomerge.objectives import Objective
 from evomerge.planning import Plan, make_searcher
 from evomerge.progress import clock, size
@@ -177,7 +178,7 @@ def describe_plan(plan: Plan, options: Options) -> str:
     lines += [f"expert       {s.name}: {s.path}  sha256 {s.sha256[:12]}" for s in plan.template.experts]
     for stage_hash, (name, stage) in stages(plan.template).items():
         there = "is there" if kept_folder(stage_hash).is_dir() else f"will be built, {size(merged_bytes(stage))}"
-        lines.append(f"stage        {name}: {len(stage.experts)} experts by {stage.method}; {there}")
+        lines.append(f"stage        {name}: {len(stage.experts)} experts by {listed(stage.methods)}; {there}")
     if plan.template.tokenizer is not None:
         alignment = plan.sources.alignment
         what = "the base's, as it is" if alignment is None else alignment.summary

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from evomerge.dimensions import Dimension, Point, Value
 from evomerge.errors import SpecError, nearest
 from evomerge.recipe import KINDS, Collected, Group, Recipe, holds
-from evomerge.space_file import SpaceModel, WeightsModel, check_space, initial_weights, method_params, nothing_moves
+from evomerge.space_file import (
+    SpaceModel,
+    WeightsModel,
+    check_space,
+    initial_weights,
+    method_params,
+    nothing_moves,
+    section_params,
+)
+from evomerge.space_parts import Part, shares_of
 from evomerge.validation import at
 
 if TYPE_CHECKING:
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from evomerge.plugins import Code
 
 METHOD = "method"  # the dimension that the method is, where it is a choice
-Part = tuple[tuple[int, int] | None, tuple[str, ...] | None, tuple[str, ...] | None]  # layers, kinds, tensors
+UNTOUCHED = "untouched"
 
 
 @dataclass(frozen=True)
@@ -32,16 +41,31 @@ class Moving:
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the model that has weights of its own: one an expert, each a number or a dimension."""
+    """A part of the model that has weights of its own: one an expert, each a number or a dimension.
+
+    ``of`` is the label of the space's part with a method of its own that it belongs to. ``word`` says whose weights
+    these are if not the search's: average, base, an expert's name, or that no expert changes a tensor here.
+    """
 
     layers: tuple[int, int] | None
     kinds: tuple[str, ...] | None
     tensors: tuple[str, ...] | None
     weights: tuple[float | Moving, ...]
+    of: str = ""
+    word: str = ""
+    where: str = field(default="", compare=False)
 
     @property
     def part(self) -> Part:
         return self.layers, self.kinds, self.tensors
+
+
+@dataclass(frozen=True)
+class PartMethod:
+    """The method of a part of the model, and all of its parameters, each a value or a dimension."""
+
+    method: str
+    params: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Space:
             region by region.
         codes: method -> its code, of those methods that are not evomerge's own.
         statistics: method -> what it is given, of those methods that are weighted by data.
+        parts: label -> method, of the parts that have one of their own.
     """
 
     template: Recipe
@@ -64,6 +89,7 @@ class Space:
     dimensions: tuple[Dimension, ...]
     codes: Mapping[str, Code] = field(default_factory=dict)
     statistics: Mapping[str, Collected] = field(default_factory=dict)
+    parts: Mapping[str, PartMethod] = field(default_factory=dict)
 
     @classmethod
     def from_dict(
@@ -97,11 +123,16 @@ class Space:
         params: dict[str, dict[str, Any]] = {}
         for name in model.methods:
             values, moving = method_params(model, name, where)
-            prefix = f"{name}." if len(model.methods) > 1 else ""
-            params[name] = values | {d.name.removeprefix(prefix): Moving(d.name) for d in moving}
+            params[name] = values | {d.name.rpartition(".")[2]: Moving(d.name) for d in moving}
             dimensions += moving
-        parts = _parts(model.weights, num_layers, list(tensors), where)
-        regions, weights = _regions(model, parts, experts, where)
+        parts: dict[str, PartMethod] = {}
+        for section in model.sections:
+            values, moving = section_params(model, section, where)
+            if section.method is not None:
+                own = values | {d.name.rpartition(".")[2]: Moving(d.name) for d in moving}
+                parts[section.label] = PartMethod(section.method, own)
+                dimensions += moving
+        regions, weights = _regions(model, num_layers, list(tensors), experts, dimensions, where)
         dimensions += weights
         names = [dimension.name for dimension in dimensions]
         twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
@@ -113,21 +144,29 @@ class Space:
             )
         if not dimensions:
             raise nothing_moves(where)
-        codes = {name: code for name in model.methods if (code := model.found(name).code) is not None}
-        return cls(template, params, regions, tuple(dimensions), codes)
+        used = (*model.methods, *(part.method for part in parts.values()))
+        codes = {name: code for name in used if (code := model.found(name).code) is not None}
+        return cls(template, params, regions, tuple(dimensions), codes, parts=parts)
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that a candidate may have, the initial one first."""
+        """The methods that a candidate may have, the initial one first; parts with one of their own aside."""
         return tuple(self.params)
+
+    @property
+    def all_methods(self) -> tuple[str, ...]:
+        """Those, and the methods of the parts."""
+        return tuple(dict.fromkeys((*self.params, *(part.method for part in self.parts.values()))))
 
     @property
     def fixed_params(self) -> dict[str, dict[str, Any]]:
         """Method -> its parameters that no candidate changes, with their defaults."""
-        return {
-            method: {key: value for key, value in params.items() if not isinstance(value, Moving)}
-            for method, params in self.params.items()
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for method, params in (*self.params.items(), *((part.method, part.params) for part in self.parts.values())):
+            fixed = {key: value for key, value in params.items() if not isinstance(value, Moving)}
+            known = found.get(method, fixed)
+            found[method] = {key: value for key, value in fixed.items() if key in known and known[key] == value}
+        return found
 
     def active(self, method: Value | None) -> tuple[Dimension, ...]:
         """The dimensions of the points whose method is ``method`` (None: where the method is no dimension)."""
@@ -141,13 +180,23 @@ class Space:
         """
         self._check(point)
         method = str(point.get(METHOD, self.methods[0]))
-        params = {k: point[v.dimension] if isinstance(v, Moving) else v for k, v in self.params[method].items()}
+
+        def filled(params: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: point[v.dimension] if isinstance(v, Moving) else v for k, v in params.items()}
+
+        params = filled(self.params[method])
+        own = {
+            label: {"method": part.method, "code": self.codes.get(part.method), "params": filled(part.params)}
+            for label, part in self.parts.items()
+        }
         groups = tuple(
             Group(
                 tuple(float(point[w.dimension] if isinstance(w, Moving) else w) for w in region.weights),
                 region.layers,
                 kinds=region.kinds,
                 tensors=region.tensors,
+                where=region.where,
+                **own.get(region.of, {}),
             )
             for region in self.regions
         )
@@ -157,8 +206,13 @@ class Space:
             code=self.codes.get(method),
             params=params,
             groups=groups,
-            statistics=self.statistics.get(method),
+            statistics=self._statistics_of(method),
         )
+
+    def _statistics_of(self, method: str) -> Collected | None:
+        """What is given to the methods of a candidate: one folder, with the hashes of what they use of it."""
+        used = [self.statistics[m] for m in (method, *(p.method for p in self.parts.values())) if m in self.statistics]
+        return Collected(used[0].path, {k: v for one in used for k, v in one.sha256.items()}) if used else None
 
     def encode(self, recipe: Recipe) -> Point:
         """The point that decodes to ``recipe``: ``encode(decode(p)) == p``.
@@ -174,7 +228,12 @@ class Space:
                 [r.part for r in self.regions],
                 [g.part for g in recipe.groups],
             ),
-            ("params of its groups", {}, {k: v for g in recipe.groups for k, v in g.params.items()}),
+            (
+                "methods of its groups",
+                [self.parts[r.of].method if r.of else None for r in self.regions],
+                [g.method for g in recipe.groups],
+            ),
+            ("params of its groups", {}, {k: v for g in recipe.groups if not g.method for k, v in g.params.items()}),
         ):
             if mine != other:
                 raise SpecError(f"the recipe is not in the search space: its {what} are {other}, the space's {mine}")
@@ -184,6 +243,13 @@ class Space:
             raise SpecError(f"the recipe is not in the search space: its params are {list(recipe.params)}")
         pairs = [(f"params.{key}", params[key], value) for key, value in recipe.params.items()]
         for region, group in zip(self.regions, recipe.groups, strict=True):
+            if region.of:
+                own = self.parts[region.of].params
+                if set(own) != set(group.params):
+                    raise SpecError(
+                        f"the recipe is not in the search space: its params for {region.of} are {list(group.params)}"
+                    )
+                pairs += [(f"{region.of}.{key}", own[key], value) for key, value in group.params.items()]
             for source, mine, weight in zip(recipe.experts, region.weights, group.weights, strict=True):
                 pairs.append((f"weight of {source.name}", mine, weight))
         for what, mine, value in pairs:
@@ -211,27 +277,36 @@ class Space:
         missing = [source.name for source in self.template.experts if source.name not in places]
         if missing:
             raise SpecError(f"the recipe has no expert {', '.join(missing)}, but {', '.join(places)}")
-        if recipe.method not in self.params:
-            raise SpecError(f"the recipe's method is {recipe.method}, but the space has {' or '.join(self.methods)}")
+        mine = [name for name in recipe.methods if name in self.params] or [*self.methods]
+        if not set(recipe.methods) <= set(self.all_methods) or (len(mine) > 1 and len(self.methods) > 1):
+            raise SpecError(
+                f"the recipe's method is {' and '.join(recipe.methods)}, but the space has "
+                f"{' or '.join(self.methods) if not self.parts else ', '.join(self.all_methods)}"
+            )
+        method = mine[0] if len(self.methods) > 1 else self.methods[0]
         probe = self.decode(self.initial())
         region_of = {id(group): region for group, region in zip(probe.groups, self.regions, strict=True)}
-        found: dict[str, list[float]] = {}
+        found: dict[str, list[Any]] = {}
         for info in tensors:
-            given = recipe.group_for(info).weights
-            for source, mine in zip(self.template.experts, region_of[id(probe.group_for(info))].weights, strict=True):
+            given, region = recipe.group_for(info), region_of[id(probe.group_for(info))]
+            for source, mine in zip(self.template.experts, region.weights, strict=True):
                 if isinstance(mine, Moving):
-                    found.setdefault(mine.dimension, []).append(given[places[source.name]])
+                    found.setdefault(mine.dimension, []).append(given.weights[places[source.name]])
+            own = self.parts[region.of] if region.of else PartMethod(method, self.params[method])
+            if recipe.method_of(given)[0] == own.method and region.word != UNTOUCHED:
+                said = recipe.params_of(given)
+                for key, mine in own.params.items():
+                    if isinstance(mine, Moving) and key in said:
+                        found.setdefault(mine.dimension, []).append(said[key])
         point: Point = {}
-        for d in self.active(recipe.method):
-            values = found.get(d.name) or [d.initial]
-            value = values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)
-            point[d.name] = recipe.method if d.name == METHOD else d.clip(value)
-        for key, mine in self.params[recipe.method].items():
-            if isinstance(mine, Moving) and key in recipe.params:
-                (dimension,) = [d for d in self.dimensions if d.name == mine.dimension]
-                value = recipe.params[key]
-                if not dimension.choices or dimension.holds(value):
-                    point[dimension.name] = dimension.clip(value)
+        for d in self.active(method):
+            values = found.get(d.name, [d.initial])
+            first = values[0]
+            if d.choices or not isinstance(first, int | float):
+                value = first if d.holds(first) else d.initial
+            else:
+                value = values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)
+            point[d.name] = method if d.name == METHOD else d.clip(value)
         return point
 
     def initial(self) -> Point:
@@ -253,6 +328,10 @@ class Space:
         def plain(value: Any) -> Any:
             return {"dimension": value.dimension} if isinstance(value, Moving) else value
 
+        parts = {
+            label: {"method": part.method, "params": {k: plain(v) for k, v in part.params.items()}}
+            for label, part in self.parts.items()
+        }
         return {
             "params": {method: {k: plain(v) for k, v in params.items()} for method, params in self.params.items()},
             "regions": [
@@ -261,10 +340,12 @@ class Space:
                     "kinds": None if region.kinds is None else list(region.kinds),
                     "tensors": None if region.tensors is None else list(region.tensors),
                     "weights": [plain(weight) for weight in region.weights],
+                    **({"of": region.of} if region.of else {}),
                 }
                 for region in self.regions
             ],
             "dimensions": [dimension.to_dict() for dimension in self.dimensions],
+            **({"parts": parts} if parts else {}),
         }
 
     def _check(self, point: Mapping[str, Value]) -> None:
@@ -330,18 +411,60 @@ def _parts(weights: WeightsModel, num_layers: int, tensors: Sequence[TensorInfo]
 
 
 def _regions(
-    model: SpaceModel, parts: Sequence[Part], experts: Sequence[str], where: str
+    model: SpaceModel,
+    num_layers: int,
+    tensors: Sequence[TensorInfo],
+    experts: Sequence[str],
+    params: Sequence[Dimension],
+    where: str,
 ) -> tuple[tuple[Region, ...], list[Dimension]]:
-    """The regions of ``parts``, one more for what they leave over, and the dimensions of their weights."""
+    """The regions of every part of the space, one more for what they leave over, and the dimensions of the weights.
+
+    Where a space has parts, those of its granularity that hold no tensor in them are left out.
+    """
     weights, initial = model.weights, initial_weights(model, experts, where)
+    sections, grains = model.sections, _parts(model.weights, num_layers, tensors, where)
+    shares, several = shares_of(sections, tensors), len(model.sections) > 1
+    if several and tensors:
+        _refuse_empty(model, shares, params, where)
+    placed: list[tuple[int, Part, int]] = []  # (section, part, grain; -1 for what they leave over)
+    for s, (section, share) in enumerate(zip(sections, shares, strict=True)):
+        if section.fixed is None:
+            for g, grain in enumerate(grains):
+                part = section.within(grain)
+                if part is not None and (not several or not tensors or _any_in(share, grain, num_layers)):
+                    placed.append((s, part, g))
+        parts = [grain for grain in grains if any(grain[1:]) or (several and any(grain))]
+        if section.fixed is not None or parts:
+            placed.append((s, (None, section.kinds, section.tensors), -1))
+    cells, dimensions = _cells(weights, experts, initial, grains, {g for _, _, g in placed if g >= 0}, where)
+    regions = []
+    for s, part, g in placed:
+        section = sections[s]
+        row = cells[g] if g >= 0 else section.fixed.weights if section.fixed else tuple(initial[e] for e in experts)
+        word = section.word or (UNTOUCHED if g < 0 else "")
+        place = at(where, section.key) if section.key else ""
+        regions.append(Region(*part, row, section.label if section.method else "", word, place))
+    return tuple(regions), dimensions
+
+
+def _cells(
+    weights: WeightsModel,
+    experts: Sequence[str],
+    initial: Mapping[str, float],
+    grains: Sequence[Part],
+    used: set[int],
+    where: str,
+) -> tuple[dict[int, tuple[float | Moving, ...]], list[Dimension]]:
+    """(the weights of each part of the granularity that is used, one an expert; their dimensions)."""
     low, high = weights.range
     tied = {expert: "+".join(group) for group in weights.tied for expert in group}
     dimensions: dict[str, Dimension] = {}
     known = set(experts)
-    rows: list[list[float | Moving]] = [[] for _ in parts]
+    rows: dict[int, list[float | Moving]] = {g: [] for g in sorted(used)}
     for expert in experts:
-        for row, part in zip(rows, parts, strict=True):
-            name = "weight" if weights.granularity == "global" else _name(tied.get(expert, expert), part)
+        for g, row in rows.items():
+            name = "weight" if weights.granularity == "global" else _name(tied.get(expert, expert), grains[g])
             known.add(name)
             if expert in weights.fixed or name in weights.fixed:
                 row.append(float(weights.fixed.get(expert, weights.fixed.get(name, 0.0))))
@@ -355,10 +478,34 @@ def _regions(
                 where=at(where, "weights.fixed"),
                 remedy=nearest(name, known),
             )
-    regions = [Region(*part, tuple(row)) for part, row in zip(parts, rows, strict=True)]
-    if any(part[1] or part[2] for part in parts):
-        regions.append(Region(None, None, None, tuple(initial[expert] for expert in experts)))
-    return tuple(regions), list(dimensions.values())
+    return {g: tuple(row) for g, row in rows.items()}, list(dimensions.values())
+
+
+def _any_in(share: Sequence[TensorInfo], grain: Part, num_layers: int) -> bool:
+    layers, kinds, tensors = grain
+    return any((tensors is None or info.name in tensors) and holds(info, layers, kinds, num_layers) for info in share)
+
+
+def _refuse_empty(
+    model: SpaceModel, shares: Sequence[Sequence[TensorInfo]], params: Sequence[Dimension], where: str
+) -> None:
+    """SpecError if what the search moves is in no tensor that an expert changes."""
+    for section, share in zip(model.sections, shares, strict=True):
+        moving = [d.name for d in params if section.label and d.name.startswith(f"{section.label}.")]
+        if not share and moving:
+            raise SpecError(
+                f"no expert changes a tensor of this part, so that {', '.join(moving)} would move nothing",
+                where=at(where, section.key),
+                remedy="Give its parameters values, or leave the part to the rest.",
+            )
+    pairs = list(zip(model.sections, shares, strict=True))
+    if not any(share for section, share in pairs if section.fixed is None):
+        raise SpecError(
+            "no expert changes a tensor that is merged by these weights: "
+            + ", ".join(f"{section.key} holds {len(share)}" for section, share in pairs),
+            where=at(where, model.sections[0].key),
+            remedy="Kinds and patterns are matched with checkpoint names; LoRA experts change what they adapt only.",
+        )
 
 
 def _name(expert: str, part: Part) -> str:

@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 from evomerge.dimensions import Dimension
 from evomerge.errors import MethodError, SpecError, UserError, nearest
 from evomerge.params import Param
+from evomerge.parts import REST
+from evomerge.space_parts import FilterModel, PartModel, Section, sections
 from evomerge.validation import Strict, at, short, validate
 
 if TYPE_CHECKING:
@@ -159,9 +161,20 @@ class SpaceModel(Strict):
 
     model_config = ConfigDict(title="space")
 
-    method: str | MovingModel = Field(
+    method: str | MovingModel | None = Field(
+        default=None,
         description="the merge method (`evomerge methods` lists them; file.py@name is one of your own), or choices: "
-        "[ties, dare_ties] to search it too"
+        "[ties, dare_ties] to search it too. This or methods",
+    )
+    parts: dict[str, str | PartModel] | None = Field(
+        default=None,
+        alias="methods",
+        description="instead of method: a method for each part of the model, by kind of module (attention, mlp, norm, "
+        "embedding, head, other) or by a pattern of tensors' names, and for the rest; each a method's name, {method: "
+        "NAME, params: {...}}, average, base, or an expert's name",
+    )
+    filter: FilterModel | None = Field(
+        default=None, description="which tensors the method merges, and what happens to the rest"
     )
     params: dict[str, Any] = Field(
         default_factory=dict,
@@ -171,7 +184,20 @@ class SpaceModel(Strict):
     )
     weights: WeightsModel = Field(description="which weights may move, between which bounds, from where")
 
+    @model_validator(mode="after")
+    def _one_way_to_name_methods(self) -> SpaceModel:
+        problem = None
+        if (self.method is None) == (self.parts is None):
+            problem = "exactly one of method and methods must be given"
+        elif self.parts is not None and (self.params or self.filter is not None):
+            problem = f"{'params' if self.params else 'filter'} cannot stand beside methods"
+        if problem is not None:
+            remedy = "With methods, parameters stand with their part, and the rest under methods.rest."
+            raise PydanticCustomError("methods", "{problem}", {"problem": problem, "remedy": remedy})
+        return self
+
     _found: dict[str, Found] = PrivateAttr(default_factory=dict)  # filled by check_space
+    _sections: list[Section] = PrivateAttr(default_factory=list)  # as well
 
     def found(self, method: str) -> Found:
         """The method that the space calls so, with its code."""
@@ -179,16 +205,31 @@ class SpaceModel(Strict):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that a candidate may have, the initial one first."""
+        """The methods that a candidate may have, the initial one first; with parts, that of the rest."""
+        if self.parts is not None:
+            rest = self._sections[-1]
+            return (rest.fixed.method if rest.fixed else self._named(self.parts[REST]),)
         if isinstance(self.method, str):
             return (self.method,)
+        assert self.method is not None
         choices = [str(c) for c in self.method.choices or ()]
         first = self.method.initial or choices[0]
         return (first, *(c for c in choices if c != first))
 
     def params_of(self, method: str) -> dict[str, Any]:
         """What the file says of one method's parameters."""
+        if self.parts is not None:
+            return dict(self._sections[-1].params)
         return dict(self.params if isinstance(self.method, str) else self.params.get(method) or {})
+
+    @property
+    def sections(self) -> list[Section]:
+        """The parts that are merged in ways of their own, in the order in which they take tensors."""
+        return self._sections
+
+    @staticmethod
+    def _named(value: str | PartModel) -> str:
+        return value if isinstance(value, str) else value.method
 
 
 def check_space(data: Any, experts: Sequence[str], *, where: str, folder: Path | None = None) -> SpaceModel:
@@ -201,9 +242,12 @@ def check_space(data: Any, experts: Sequence[str], *, where: str, folder: Path |
         SpecError: names the key, the rule and the remedy.
     """
     model = validate(SpaceModel, data, where=where)
+    model._sections[:] = sections(model, experts, where)
     _check_methods(model, experts, where, folder)
     for method in model.methods:
         method_params(model, method, where)
+    for section in model.sections:
+        section_params(model, section, where)
     _check_experts(model, experts, where)
     initial_weights(model, experts, where)
     _refuse_if_nothing_moves(model, experts, where)
@@ -217,18 +261,33 @@ def method_params(model: SpaceModel, name: str, where: str) -> tuple[dict[str, A
 
     A dimension is called like its parameter, and ``METHOD.PARAMETER`` where the method is a choice.
     """
+    given = model.params_of(name)
+    if model.parts is not None:
+        return _params(model, name, given, f"{REST}.", at(where, f"methods.{REST}.params"))
+    if isinstance(model.method, str):
+        return _params(model, name, given, "", at(where, "params"))
+    values, dimensions = _params(model, name, given, f"{name}.", at(where, f"params.{name}"))
+    return values, [replace(dimension, when=name) for dimension in dimensions]
+
+
+def section_params(model: SpaceModel, section: Section, where: str) -> tuple[dict[str, Any], list[Dimension]]:
+    """The same of a part that has a method of its own; nothing of one that has the space's."""
+    if section.method is None:
+        return {}, []
+    return _params(model, section.method, section.params, f"{section.label}.", at(where, f"{section.key}.params"))
+
+
+def _params(
+    model: SpaceModel, name: str, given: Mapping[str, Any], prefix: str, place: str
+) -> tuple[dict[str, Any], list[Dimension]]:
     from evomerge.methods.base import check_params
 
-    method, several = model.found(name).method, not isinstance(model.method, str)
-    place = at(where, f"params.{name}" if several else "params")
-    values, dimensions = {}, []
-    given = model.params_of(name)
+    method, values, dimensions = model.found(name).method, {}, []
     for key in sorted(given, key=[*method.params, *given].index):  # the order of keys in a file means nothing
         value = given[key]
         if isinstance(value, Mapping) and key in method.params:
-            label = f"{name}.{key}" if several else key
-            dimension = _moving(label, method.params[key], value, at(place, key), name)
-            dimensions.append(replace(dimension, when=name) if several else dimension)
+            dimension = _moving(f"{prefix}{key}", method.params[key], value, at(place, key), name)
+            dimensions.append(dimension)
             values[key] = dimension.initial
             continue
         try:
@@ -261,7 +320,7 @@ def _corners(dimensions: Sequence[Dimension]) -> Iterator[dict[str, Any]]:
 
 def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> dict[str, float]:
     """Expert -> where its weights start."""
-    weights, key, first = model.weights, at(where, "weights.initial"), model.methods[0]
+    weights, key = model.weights, at(where, "weights.initial")
     if isinstance(weights.initial, Mapping):
         if weights.granularity == "global":
             raise SpecError(
@@ -279,7 +338,7 @@ def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> di
             )
         initial = {e: float(weights.initial.get(e, weights.fixed.get(e, 0.0))) for e in experts}
     else:
-        value = model.found(first).method.weight.default if weights.initial is None else weights.initial
+        value = _own_weight(model, where) if weights.initial is None else weights.initial
         initial = dict.fromkeys(experts, float(value))
     for group in weights.tied:
         if len({initial[e] for e in group}) > 1:
@@ -291,7 +350,7 @@ def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> di
     low, high = weights.range
     for name, value in initial.items():
         if name not in weights.fixed and not low <= value <= high:
-            chosen = f"the default of method {first}, " if weights.initial is None else ""
+            chosen = f"the default of method {_merging(model)[0]}, " if weights.initial is None else ""
             raise SpecError(
                 f"low <= initial <= high must hold, but initial is {chosen}{value:g} for expert {name!r} and the range "
                 f"is [{low:g}, {high:g}]",
@@ -299,6 +358,26 @@ def initial_weights(model: SpaceModel, experts: Sequence[str], where: str) -> di
                 remedy="Set initial to a weight inside the range, or widen the range.",
             )
     return {e: weights.fixed.get(e, value) for e, value in initial.items()}
+
+
+def _own_weight(model: SpaceModel, where: str) -> float:
+    """Where weights start by themselves: the default of the method, which methods of several parts must share."""
+    first = {name: model.found(name).method.weight.default for name in _merging(model)}
+    if model.parts is not None and len(set(first.values())) > 1:
+        raise SpecError(
+            "the methods' own weights differ: " + ", ".join(f"{name} {value:g}" for name, value in first.items()),
+            where=at(where, "weights.initial"),
+            remedy="Say where the search starts, such as initial: 0.7.",
+        )
+    return next(iter(first.values()), 0.0)
+
+
+def _merging(model: SpaceModel) -> tuple[str, ...]:
+    """The methods whose weights are the search's, the initial one first."""
+    if model.parts is None:
+        return model.methods
+    by_part = [(s.method or model.methods[0]) for s in model.sections if s.fixed is None]
+    return tuple(dict.fromkeys(reversed(by_part)))
 
 
 def nothing_moves(where: str) -> SpecError:
@@ -353,13 +432,15 @@ def _check_methods(model: SpaceModel, experts: Sequence[str], where: str, folder
         model.method.choices is None or (model.method.initial or model.methods[0]) not in model.method.choices
     ):
         raise SpecError("choices of methods are needed, and initial must be one of them", where=at(where, "method"))
-    for name in model.methods:
+    named = [("method", name) for name in model.methods] if model.parts is None else []
+    named += [(s.key, s.method or model.methods[0]) for s in model.sections if s.key and (s.method or model.parts)]
+    for key, name in named:
         try:
             found = model._found[name] = find(name, folder)
         except MethodError as error:
-            place = at(where, "method") + (f": {error.where}" if error.where else "")
+            place = at(where, key) + (f": {error.where}" if error.where else "")
             raise SpecError(error.problem, where=place, remedy=error.remedy) from error
-        _check_method(name, found.method, model, experts, where)
+        _check_method(key, name, found.method, model, experts, where)
     if isinstance(model.method, MovingModel):
         for name, params in model.params.items():
             if name not in model.methods or not isinstance(params, Mapping | None):
@@ -371,12 +452,12 @@ def _check_methods(model: SpaceModel, experts: Sequence[str], where: str, folder
                 )
 
 
-def _check_method(name: str, method: Method, model: SpaceModel, experts: Sequence[str], where: str) -> None:
+def _check_method(key: str, name: str, method: Method, model: SpaceModel, experts: Sequence[str], where: str) -> None:
     if method.statistics == "gram_merged":
         raise SpecError(
             f"method {name} is for a single merge: its statistics are measured while one model is merged, layer by "
             "layer, and are not those of another candidate",
-            where=at(where, "method"),
+            where=at(where, key),
             remedy="Merge by a recipe (evomerge merge), or search with regmean.",
         )
     fewest, most = method.num_experts
@@ -386,10 +467,12 @@ def _check_method(name: str, method: Method, model: SpaceModel, experts: Sequenc
         )
         raise SpecError(
             f"method {name} needs {wanted} experts, but there are {len(experts)} ({', '.join(experts)})",
-            where=at(where, "method"),
+            where=at(where, key),
             remedy="Change the experts, or choose another method (`evomerge methods`).",
         )
-    for key, weight in (
+    if name not in _merging(model):
+        return
+    for place, weight in (
         *(("weights.range", end) for end in model.weights.range),
         *((f"weights.fixed.{name}", weight) for name, weight in model.weights.fixed.items()),
     ):
@@ -397,7 +480,7 @@ def _check_method(name: str, method: Method, model: SpaceModel, experts: Sequenc
             method.weight.check("a weight", weight, f"method {name}")
         except MethodError as error:
             raise SpecError(
-                error.problem, where=at(where, key), remedy="Narrow the range to the method's legal weights."
+                error.problem, where=at(where, place), remedy="Narrow the range to the method's legal weights."
             ) from error
 
 
@@ -431,36 +514,42 @@ def _refuse_if_nothing_moves(model: SpaceModel, experts: Sequence[str], where: s
 
     from evomerge.methods import merge_state_dicts
 
-    if not isinstance(model.method, str):
-        return
-    name = model.method
-    params, moving = method_params(model, name, where)
-    if moving:
+    if isinstance(model.method, MovingModel):
         return
     weights = model.weights
-    if all(e in weights.fixed for e in experts):
+    tried = [(s.method or model.methods[0], *section_params(model, s, where)) for s in model.sections if s.method]
+    tried.append((model.methods[0], *method_params(model, model.methods[0], where)))
+    if any(moving for _, _, moving in tried):
+        return
+    names = _merging(model)
+    if not names or all(e in weights.fixed for e in experts):
         raise nothing_moves(where)
     label = {e: "+".join(group) for group in weights.tied for e in group}
     label = {e: "all" if weights.granularity == "global" else label.get(e, e) for e in experts}
     rng, (low, high) = np.random.default_rng(0), weights.range
     base, *taus = (torch.from_numpy(rng.standard_normal((16, 16))) for _ in range(len(experts) + 1))
-    merged = []
+    sources = [{"probe.weight": base + tau} for tau in taus]
+    drawn = []
     for _ in range(2):
         draws = {one: float(rng.uniform(low, high)) for one in dict.fromkeys(label.values())}
-        chosen = [weights.fixed.get(e, draws[label[e]]) for e in experts]
+        drawn.append([weights.fixed.get(e, draws[label[e]]) for e in experts])
+    for name, params, _ in tried:
+        if name not in names:
+            continue
+        method = model.found(name).method
         try:
-            sources = [{"probe.weight": base + tau} for tau in taus]
-            result = merge_state_dicts(
-                model.found(name).method, {"probe.weight": base}, sources, weights=chosen, **params
+            first, second = (
+                merge_state_dicts(method, {"probe.weight": base}, sources, weights=chosen, **params)["probe.weight"]
+                for chosen in drawn
             )
         except (UserError, ArithmeticError):
             return
-        merged.append(result["probe.weight"])
-    if torch.allclose(merged[0], merged[1], rtol=1e-9, atol=1e-9):
-        raise SpecError(
-            f"every point of this space is the same merge: with these parameters {name} does not depend on the weights "
-            f"of granularity {weights.granularity}",
-            where=where,
-            remedy="Use granularity: task (where only the proportion of the weights counts), set normalize: false, or "
-            "leave out the parameter that takes the weights' place.",
-        )
+        if not torch.allclose(first, second, rtol=1e-9, atol=1e-9):
+            return
+    raise SpecError(
+        f"every point of this space is the same merge: with these parameters {' and '.join(names)} "
+        f"{'do' if len(names) > 1 else 'does'} not depend on the weights of granularity {weights.granularity}",
+        where=where,
+        remedy="Use granularity: task (where only the proportion of the weights counts), set normalize: false, or "
+        "leave out the parameter that takes the weights' place.",
+    )

@@ -35,7 +35,7 @@ from evomerge.plugins import (
 )
 
 if TYPE_CHECKING:
-    from evomerge.recipe import Recipe
+    from evomerge.recipe import Group, Recipe
 
 _loaded: dict[tuple[str, str], Method] = {}  # (hash of its code, name in its file or package) -> method
 
@@ -73,26 +73,27 @@ def find(name: str, folder: Path | None = None) -> Found:
     return _installed(name)
 
 
-def method_of(recipe: Recipe) -> Method:
-    """The method of a recipe.
+def method_of(recipe: Recipe, group: Group | None = None) -> Method:
+    """The method of a recipe's group, or that of all groups with none of their own.
 
     Raises:
         MethodError: there is none, or its code has not run in this process and may not by itself.
     """
-    if recipe.code is None:
-        if recipe.method not in METHODS:
-            raise MethodError(f"there is no method {recipe.method!r}", remedy=nearest(recipe.method, METHODS))
-        return METHODS[recipe.method]
-    return _permitted(recipe.method, recipe.code, allow=False).method
+    name, code = (recipe.method, recipe.code) if group is None else recipe.method_of(group)
+    if code is None:
+        if name not in METHODS:
+            raise MethodError(f"there is no method {name!r}", remedy=nearest(name, METHODS))
+        return METHODS[name]
+    return _permitted(name, code, allow=False).method
 
 
 def permit(recipe: Recipe, *, allow: bool = False) -> Recipe:
-    """``recipe`` ready to be merged: the code of its method, and of its stages', is there, and all its numbers checked.
+    """``recipe`` ready to be merged: the code of its methods, and of its stages', is there, and all numbers checked.
 
     Args:
         allow: run the file that the recipe names.
 
-    Returns the recipe with the hash of the code and all parameters of its method filled in. Raises MethodError if a
+    Returns the recipe with the hash of the code and all parameters of its methods filled in. Raises MethodError if a
     file's code may not run, is not there, or is not what the recipe was made with, or needs statistics that the recipe
     does not name.
     """
@@ -103,23 +104,34 @@ def permit(recipe: Recipe, *, allow: bool = False) -> Recipe:
         return replace(source, recipe=permit(source.recipe, allow=allow))
 
     recipe = replace(recipe, base=stage(recipe.base), experts=tuple(stage(source) for source in recipe.experts))
-    if recipe.code is None:
+    if recipe.code is None and all(group.code is None for group in recipe.groups):
         return recipe
-    found = _permitted(recipe.method, recipe.code, allow=allow)
-    check_experts(found.method, recipe.base is not None, len(recipe.experts))
-    if found.method.statistics is not None and recipe.statistics is None:
-        raise MethodError(
-            f"method {recipe.method} needs statistics of each expert ({found.method.statistics}), but the recipe names "
-            "none",
-            remedy=how_to_collect(found.method.statistics),
-        )
-    params = check_params(recipe.method, found.method, recipe.params)
+
+    def found(name: str, code: Code | None) -> Found:
+        if code is None:
+            return Found(METHODS[name])
+        foreign = _permitted(name, code, allow=allow)
+        check_experts(foreign.method, recipe.base is not None, len(recipe.experts))
+        kind = foreign.method.statistics
+        if kind is not None and recipe.statistics is None:
+            raise MethodError(
+                f"method {name} needs statistics of each expert ({kind}), but the recipe names none",
+                remedy=how_to_collect(kind),
+            )
+        return foreign
+
+    top = found(recipe.method, recipe.code)
+    params = check_params(recipe.method, top.method, recipe.params)
     groups = []
     for group in recipe.groups:
-        check_weights(found.method, group.weights, len(recipe.experts))
-        checked = check_params(recipe.method, found.method, {**recipe.params, **group.params})
-        groups.append(replace(group, params={key: checked[key] for key in group.params}))
-    return replace(recipe, code=found.code, params=params, groups=tuple(groups))
+        name, code = recipe.method_of(group)
+        own = top if group.method is None else found(name, code)
+        check_weights(own.method, group.weights, len(recipe.experts))
+        checked = check_params(name, own.method, recipe.params_of(group))
+        if group.method is None:
+            checked = {key: checked[key] for key in group.params}
+        groups.append(replace(group, params=checked, code=None if group.method is None else own.code))
+    return replace(recipe, code=top.code, params=params, groups=tuple(groups))
 
 
 def load_codes(codes: Mapping[str, Mapping[str, str]]) -> None:
