@@ -183,8 +183,6 @@ def _by_methods(data: Mapping[str, Any], experts: Sequence[str], refuse: Refuse)
         if label == REST:
             top, table = table, {"weights": table["weights"]}
         entries.append(Entry(key, {**(conditions(label) if label != REST else {}), **table}, own))
-    if "weights" in data and all(entry.weights_key != "weights" for entry in entries):
-        raise refuse("weights", "no part uses these weights", "Leave them out.")
     return f"methods.{REST}", top, entries
 
 

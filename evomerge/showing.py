@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from evomerge.planning import Plan, make_searcher
 from evomerge.progress import clock, size
 from evomerge.ranking import Judge, find_winner
 from evomerge.recipe import Recipe
+from evomerge.space import UNTOUCHED, Space
+from evomerge.space_parts import describe_rest
 from evomerge.spec import Spec
 from evomerge.stages import kept_folder, stages
 from evomerge.store import Evaluation, Store
@@ -183,7 +186,8 @@ def describe_plan(plan: Plan, options: Options) -> str:
         alignment = plan.sources.alignment
         what = "the base's, as it is" if alignment is None else alignment.summary
         lines.append(f"tokenizer    {plan.template.tokenizer.source}: {what}")
-    lines.append(f"space        {' | '.join(space.methods)}, {len(space.dimensions)} dimensions")
+    lines.append(f"space        {_methods_of(space)}, {len(space.dimensions)} dimensions")
+    lines += _parts_of(plan)
     lines += [f"  {d.name:<22} {d.text()}, from {d.initial_text()}" for d in space.dimensions[:12]]
     if len(space.dimensions) > 12:
         lines.append(f"  and {len(space.dimensions) - 12} more")
@@ -221,6 +225,35 @@ def describe_plan(plan: Plan, options: Options) -> str:
         "nothing was written",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _methods_of(space: Space) -> str:
+    if not space.parts:
+        return " | ".join(space.methods)
+    return listed(space.all_methods) if len(space.methods) == 1 else f"{' | '.join(space.methods)}, by parts"
+
+
+def _parts_of(plan: Plan) -> list[str]:
+    """A line for each part of the model that is merged in its own way: its tensors, and how."""
+    space, sources = plan.space, plan.sources
+    if not space.parts:
+        return []
+    recipe = space.decode(space.initial())
+    regions = {id(group): region for group, region in zip(recipe.groups, space.regions, strict=True)}
+    count: Counter[tuple[str, str]] = Counter()
+    for name in sources.names:
+        if sources.is_float(name):
+            region = regions[id(recipe.group_for(sources.info(name)))]
+            count[region.of, "" if region.word == UNTOUCHED else region.word] += sources.touched(name)
+    keys = {r.of: r.where.rpartition(": ")[2].removeprefix("methods.") for r in space.regions}
+    words = {r.of: r.word for r in space.regions if r.word and r.word != UNTOUCHED}
+    lines = []
+    for of, key in keys.items():
+        tensors = sum(n for (label, _), n in count.items() if label == of)
+        method = space.parts[of].method if of else " | ".join(space.methods)
+        how = f"at {describe_rest(words[of])}" if of in words else f"by {method}"
+        lines.append(f"  {key:<22} {tensors} tensors that experts change, {how}")
+    return lines
 
 
 def _memory(plan: Plan) -> str:

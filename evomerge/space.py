@@ -277,13 +277,13 @@ class Space:
         missing = [source.name for source in self.template.experts if source.name not in places]
         if missing:
             raise SpecError(f"the recipe has no expert {', '.join(missing)}, but {', '.join(places)}")
-        mine = [name for name in recipe.methods if name in self.params] or [*self.methods]
-        if not set(recipe.methods) <= set(self.all_methods) or (len(mine) > 1 and len(self.methods) > 1):
+        shared = [name for name in recipe.methods if name in self.params] or [*self.methods]
+        if not set(recipe.methods) <= set(self.all_methods) or (len(shared) > 1 and len(self.methods) > 1):
             raise SpecError(
                 f"the recipe's method is {' and '.join(recipe.methods)}, but the space has "
                 f"{' or '.join(self.methods) if not self.parts else ', '.join(self.all_methods)}"
             )
-        method = mine[0] if len(self.methods) > 1 else self.methods[0]
+        method = shared[0] if len(self.methods) > 1 else self.methods[0]
         probe = self.decode(self.initial())
         region_of = {id(group): region for group, region in zip(probe.groups, self.regions, strict=True)}
         found: dict[str, list[Any]] = {}

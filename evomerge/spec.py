@@ -490,7 +490,10 @@ def json_schema() -> dict[str, Any]:
     space = SpaceModel.model_json_schema(ref_template="#/$defs/{model}")
     definitions.update(space.pop("$defs"))
     definitions["SpaceModel"] = space
-    (name,) = [kind for kind in space["properties"]["method"]["anyOf"] if kind.get("type") == "string"]
+    ways = space["properties"]["method"]["anyOf"] = [
+        kind for kind in space["properties"]["method"]["anyOf"] if kind.get("type") != "null"
+    ]
+    (name,) = [kind for kind in ways if kind.get("type") == "string"]
     name["anyOf"] = _names(METHODS, METHOD)
     schema["properties"]["space"] = {
         "anyOf": [{"type": "string"}, {"$ref": "#/$defs/SpaceModel"}],

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from evomerge.dimensions import Point
 from evomerge.errors import SpecError, UserError, nearest
+from evomerge.parts import BASE
 from evomerge.planning import Plan
 from evomerge.recipe import Group, Recipe
+from evomerge.space import UNTOUCHED
 from evomerge.spec import StartSpec
 from evomerge.validation import at
 
@@ -54,7 +56,7 @@ def _point(plan: Plan, recipe: Recipe) -> Point:
 
 def _of_the_space(plan: Plan, weights: Sequence[float]) -> Recipe:
     """One weight an expert, by task arithmetic if the space has it, else by its first method."""
-    methods = plan.space.methods
+    methods = plan.space.all_methods
     method = "task_arithmetic" if "task_arithmetic" in methods else methods[0]
     return replace(plan.template, method=method, params={}, groups=(Group(tuple(weights)),))
 
@@ -93,14 +95,22 @@ def _refuse_if_not_base(plan: Plan, point: Point) -> None:
     from evomerge.methods import METHODS
 
     recipe = plan.space.decode(point)
-    away = [weight for group in recipe.groups for weight in group.weights if weight != 0]
+    pairs = list(zip(plan.space.regions, recipe.groups, strict=True))
+    words = [region.word for region, _ in pairs if region.word not in ("", BASE, UNTOUCHED)]
+    if words:
+        raise SpecError(
+            f"the base is no point of the space, which keeps a part at {words[0]}",
+            remedy="Begin with control: average, or write rest: base.",
+        )
+    away = [weight for region, group in pairs if not region.word for weight in group.weights if weight != 0]
     if away:
         raise SpecError(
             f"the base has all weights at 0, but the nearest point of the space has one at {away[0]:g}",
             remedy="Widen space.weights.range to hold 0, or begin with control: average.",
         )
-    if not METHODS[recipe.method].needs_base:
+    by_base = [name for name in recipe.methods if not METHODS[name].needs_base]
+    if by_base:
         raise SpecError(
-            f"the base is no merge by {recipe.method}, which merges the experts without it",
+            f"the base is no merge by {by_base[0]}, which merges the experts without it",
             remedy="Begin with control: average, or use a method that adds to the base, such as task_arithmetic.",
         )

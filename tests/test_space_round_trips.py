@@ -165,6 +165,7 @@ FORMULAS: dict[str, tuple[str, Any]] = {
     ),
     "tensor.yaml": ("tensors that the experts change x experts", lambda L, E, kinds, tensors: tensors * E),
     "ties_density.yaml": ("1 + the number of experts", lambda L, E, kinds, tensors: 1 + E),
+    "method_by_module.yaml": ("2 + the number of experts", lambda L, E, kinds, tensors: 2 + E),
     "method_choice.yaml": ("1 + parameters that move + the number of experts", lambda L, E, kinds, tensors: 1 + 2 + E),
     "lorahub.yaml": ("the number of experts", lambda L, E, kinds, tensors: E),
 }

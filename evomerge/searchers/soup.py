@@ -95,12 +95,12 @@ def ingredients(space: Space) -> list[tuple[frozenset[str], int]]:
     if others:
         kind = "the method is a dimension" if METHOD in others else f"{', '.join(others)} would have to move as well"
         raise _refusal(f"only decides which experts are in, but {kind}", "give it one value in the space")
-    (method,) = space.methods
-    most = METHODS[method].num_experts[1]
-    if most is not None:
-        raise _refusal(f"needs a method for any number of experts, but {method} takes {most}", "choose linear")
+    for method in space.all_methods:
+        most = METHODS[method].num_experts[1] if method in METHODS else None
+        if most is not None:
+            raise _refusal(f"needs a method for any number of experts, but {method} takes {most}", "choose linear")
     experts = [source.name for source in space.template.experts]
-    whole = [r for r in space.regions if len(space.regions) == 1 or any(r.part)]  # without what no expert changes
+    whole = [r for r in space.regions if not r.word]  # without what no expert changes, or a word settles
     for t, expert in enumerate(experts):
         fixed = [r.weights[t] for r in whole if not isinstance(r.weights[t], Moving) and r.weights[t] != 0]
         if fixed:
