@@ -24,6 +24,7 @@ from evomerge.merging import open_sources, pin_sources, verify_sources, written_
 from evomerge.methods.lookup import find as find_method
 from evomerge.methods.lookup import permit
 from evomerge.objectives import Objective
+from evomerge.parts import check_parts
 from evomerge.plugins import EVALUATOR, Code, code_files, hash_files, names_file
 from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
@@ -147,6 +148,7 @@ def build_plan(
         "folder": spec.code_folder,
     }
     unplaced = Space.from_dict(spec.space, template=unhashed, **shape)
+    check_parts(unplaced.decode(unplaced.initial()), [sources.info(n) for n in sources.names if sources.is_float(n)])
     make_searcher(spec, unplaced)
     if statistics:
         require_statistics(unplaced, spec)

@@ -245,7 +245,7 @@ def _parts_of(plan: Plan) -> list[str]:
         if sources.is_float(name):
             region = regions[id(recipe.group_for(sources.info(name)))]
             count[region.of, "" if region.word == UNTOUCHED else region.word] += sources.touched(name)
-    keys = {r.of: r.where.rpartition(": ")[2].removeprefix("methods.") for r in space.regions}
+    keys = {r.of: r.where.rpartition(": ")[2].removeprefix("space.").removeprefix("methods.") for r in space.regions}
     words = {r.of: r.word for r in space.regions if r.word and r.word != UNTOUCHED}
     lines = []
     for of, key in keys.items():

@@ -502,9 +502,9 @@ def _refuse_empty(
     if not any(share for section, share in pairs if section.fixed is None):
         raise SpecError(
             "no expert changes a tensor that is merged by these weights: "
-            + ", ".join(f"{section.key} holds {len(share)}" for section, share in pairs),
+            + ", ".join(f"{section.text} holds {len(share)}" for section, share in pairs),
             where=at(where, model.sections[0].key),
-            remedy="Kinds and patterns are matched with checkpoint names; LoRA experts change what they adapt only.",
+            remedy=f"Experts change tensors such as {max(shares, key=len)[0].name}: a LoRA expert what it adapts only.",
         )
 
 

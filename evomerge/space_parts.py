@@ -62,6 +62,12 @@ class Section:
     fixed: Settled | None = None
     word: str = ""
 
+    @property
+    def text(self) -> str:
+        """Its place and what it asks for, as people read it."""
+        words = [*(self.kinds or ()), *(self.tensors or ())]
+        return self.key + (f" ({', '.join(words)})" if words and not self.label else "")
+
     def holds(self, info: TensorInfo) -> bool:
         return holds(info, None, self.kinds, None) and (self.tensors is None or matcher(self.tensors)(info.name))
 
