@@ -283,7 +283,7 @@ class Space:
                 f"the recipe's method is {' and '.join(recipe.methods)}, but the space has "
                 f"{' or '.join(self.methods) if not self.parts else ', '.join(self.all_methods)}"
             )
-        method = shared[0] if len(self.methods) > 1 else self.methods[0]
+        method = shared[0] if len(self.methods) > 1 else next(iter(self.params))
         probe = self.decode(self.initial())
         region_of = {id(group): region for group, region in zip(probe.groups, self.regions, strict=True)}
         found: dict[str, list[Any]] = {}
@@ -435,7 +435,7 @@ def _regions(
                 if part is not None and (not several or not tensors or _any_in(share, grain, num_layers)):
                     placed.append((s, part, g))
         parts = [grain for grain in grains if any(grain[1:]) or (several and any(grain))]
-        if section.fixed is not None or parts:
+        if section.fixed is not None or parts or all(other != s for other, _, _ in placed):
             placed.append((s, (None, section.kinds, section.tensors), -1))
     cells, dimensions = _cells(weights, experts, initial, grains, {g for _, _, g in placed if g >= 0}, where)
     regions = []
