@@ -444,6 +444,7 @@ def test_not_even_a_mapping():
         ("tensor.yaml", 630),
         ("ties_density.yaml", 4),
         ("method_choice.yaml", 6),
+        ("method_by_module.yaml", 5),
         ("lorahub.yaml", 3),
     ],
     ids=str,
