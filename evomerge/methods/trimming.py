@@ -17,6 +17,8 @@ from evomerge.methods.selection import kept, order_statistics
 from evomerge.methods.thinning import Thinned, experts_in
 from evomerge.params import Param
 
+SMALL = 4096  # entries of a tensor that is sorted: below, histograms of 65,536 bins take longer
+
 SCOPE = Param(
     str,
     "tensor",
@@ -149,4 +151,11 @@ def magnitudes(base: Tensor | None, experts: Sequence[Tensor], zeros: bool = Fal
 
 
 def _of_tensor(base: Tensor | None, experts: Sequence[Tensor], trimming: Trimming) -> list[list[float]]:
+    if base is not None and 0 < base.numel() <= SMALL:
+        ranks, n = trimming.ranks(base.numel()), base.numel()
+        found = [[0.0] * len(ranks) for _ in experts]
+        for t, values in magnitudes(base, experts):
+            ascending = values.sort().values
+            found[t] = [float(ascending[n - rank]) for rank in ranks]
+        return found
     return order_statistics(lambda: magnitudes(base, experts), len(experts), trimming.ranks)
