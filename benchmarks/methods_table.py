@@ -122,14 +122,14 @@ FAMILIES = (
         "MiniLM topics: five encoders of 22.6M parameters, whole checkpoints",
         budget=8,
         split={"search": 40, "select": 30, "test": 150},
-        time="4m",
+        time="2m",
     ),
     Family(
         "smollm2_skills",
         "SmolLM2 skills: three LoRA adapters of a 135M language model",
         budget=6,
         split={"search": 16, "select": 12, "test": 50},
-        time="4m",
+        time="2m",
     ),
 )
 
