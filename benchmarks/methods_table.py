@@ -230,7 +230,9 @@ def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def run(family: Family, method: str, setting: str, progress: Progress) -> list[dict[str, Any]]:
+def run(
+    family: Family, method: str, setting: str, progress: Progress, *, allow_drift: bool = False
+) -> list[dict[str, Any]]:
     """One study, finished or gone on with; the rows of it for the results file."""
     head = {"family": family.name, "method": method, "setting": setting, "version": __version__}
     try:
@@ -242,7 +244,7 @@ def run(family: Family, method: str, setting: str, progress: Progress) -> list[d
         file = family.cache / f"{method}.{setting}.yaml"
         file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
         spec = Spec.from_dict(data, family.home, path=file)
-        options = Options(storage=family.store)
+        options = Options(storage=family.store, allow_drift=allow_drift)
         if METHODS[method].statistics:
             measure(family, METHODS[method].statistics, progress)
         if (method, setting) != CONTROLS_FROM:
@@ -274,9 +276,16 @@ def hand_over(family: Family, method: str, setting: str, spec: Spec, options: Op
     with store.lock():
         for giver in givers:
             other = Store.open(family.store, experiment(family, *giver)["name"])
-            shared = {k: v for k, v in other.record["fingerprint"].items() if k not in ("space", "search")}
-            if any(plan.fingerprint.get(key) != value for key, value in shared.items()):
-                raise SystemExit(f"{other.name} was made with other inputs than {spec.name}: delete {family.store}")
+            changed = [
+                key
+                for key, value in other.record["fingerprint"].items()
+                if plan.fingerprint.get(key) != value and key not in ("space", "search")
+            ]
+            if changed and not (options.allow_drift and all(key.startswith("evaluator ") for key in changed)):
+                raise SystemExit(
+                    f"{other.name} was made with other inputs than {spec.name} ({', '.join(changed)}): delete "
+                    f"{family.store}, or say --allow-drift if it is an evaluator that answers as before"
+                )
             for e in other.evaluations(with_outcomes=True):
                 if e.subject.startswith(("control:", "sweep:")):
                     given = e
@@ -512,6 +521,7 @@ def main(arguments: Sequence[str] | None = None, families: Sequence[Family] = FA
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", default=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", action="store_true", help="only write docs/methods.md")
+    parser.add_argument("--allow-drift", action="store_true", help="go on with studies made with an older evaluator")
     parser.add_argument("--experiment", nargs=3, metavar=("FAMILY", "METHOD", "SETTING"), help="print that file")
     options = parser.parse_args(arguments)
     results = Results(options.results)
@@ -530,7 +540,7 @@ def main(arguments: Sequence[str] | None = None, families: Sequence[Family] = FA
         for n, (family, method, setting) in enumerate(todo, 1):
             print(f"\n== {n}/{len(todo)} {family.name}: {method}, {setting}", file=sys.stderr, flush=True)
             try:
-                results.put(run(family, method, setting, Progress()))
+                results.put(run(family, method, setting, Progress(), allow_drift=options.allow_drift))
             except (Interrupted, KeyboardInterrupt):
                 print("stopped; run it again to go on", file=sys.stderr)
                 return 130
