@@ -390,8 +390,8 @@ class Results:
 
 
 def is_done(row: Mapping[str, Any] | None, family: Family, method: str, setting: str) -> bool:
-    """Is this row what a run would give? Reasons for having none are looked at again each time: they cost nothing."""
-    if row is None or "skipped" in row:
+    """Is this row what a run would give? Reasons for having no numbers are looked at again each time."""
+    if row is None or "test" not in row:
         return False
     try:
         return row.get("settings") == settings_of(experiment(family, method, setting))
@@ -431,8 +431,8 @@ def table(rows: Sequence[Mapping[str, Any]], family: Family) -> str:
         "weight for all experts (where only proportions count, one for each, and `scale`) and the method's main "
         'parameters. "Against": the paired difference to the best control, '
         f"{' or '.join(a.replace('_', ' ') for a in against)}, which was chosen on {family.split['select']} other "
-        f"items a task. `fisher`, `regmean` and `lm_cocktail` have seen {COLLECTED} search items a task. Seconds: to merge "
-        "one candidate, on one thread of a busy machine.",
+        f"items a task. `fisher`, `regmean` and `lm_cocktail` have seen {COLLECTED} search items a task. "
+        "Seconds: to merge one candidate, on one thread of a busy machine.",
         "",
         "| method | at its defaults | against | after a search | against | p | found | s |",
         "|---|--:|--:|--:|--:|--:|---|--:|",

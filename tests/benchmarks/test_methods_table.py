@@ -136,10 +136,11 @@ def test_studies_of_other_inputs_are_not_mixed(tiny):
 
 def test_what_settings_change_is_run_again(tiny):
     row = table.experiment(tiny, "ties", "search")
-    done = {"settings": table.settings_of(row)}
+    done = {"settings": table.settings_of(row), "test": [0.5, 0.4, 0.6]}
     assert table.is_done(done, tiny, "ties", "search")
     assert not table.is_done(done, replace(tiny, budget=5), "ties", "search")
-    assert not table.is_done(done | {"skipped": "why"}, tiny, "ties", "search")
+    for without in ({"skipped": "why"}, {"failed": "why"}):
+        assert not table.is_done({"settings": done["settings"], **without}, tiny, "ties", "search")
     assert not table.is_done(None, tiny, "ties", "search")
 
 
