@@ -53,6 +53,14 @@ def test_ram(family: Family, epsilon: float, scale: float):
     assert_close(family.merge("ram", epsilon=epsilon, scale=scale), expected)
 
 
+def test_ram_by_hand():
+    """A change of epsilon itself counts as none."""
+    family = Family(np.zeros(3), [np.array([0.0, 0.5, 1.0]), np.array([1.0, 0.5, 0.25])], [1.0, 1.0])
+    assert_close(family.merge("ram", epsilon=0.5), np.array([1.0, 0.0, 1.0]))
+    assert_close(family.merge("ram", epsilon=0.2), np.array([1.0, 0.5, 0.625]))
+    assert_close(family.merge("ram", epsilon=0.0), np.array([1.0, 0.5, 0.625]))
+
+
 @given(families(fewest=2))
 def test_ram_of_changes_in_different_places_is_their_sum(family: Family):
     """Disjoint task vectors: nothing is averaged away."""
