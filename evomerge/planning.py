@@ -16,7 +16,7 @@ from evomerge import installed, searchers
 from evomerge.checkpoints import Sources
 from evomerge.collected import MANIFEST, verify_collected
 from evomerge.dimensions import Point
-from evomerge.errors import CheckpointError, EvaluatorError, ResourceError, SpecError, StudyError
+from evomerge.errors import CheckpointError, EvaluatorError, MethodError, ResourceError, SpecError, StudyError
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.hub import pin
 from evomerge.keeping import refuse_pinned
@@ -128,7 +128,7 @@ def build_plan(
         check_local_gpus(count, spec.workers.gpus)
 
     base, *experts = named_sources(spec, progress, recorded or {})
-    unhashed = permit(
+    unhashed = _permitted(
         Recipe(
             base=base,
             experts=tuple(experts),
@@ -213,6 +213,18 @@ def build_plan(
         fingerprint=plan_parts,
         libraries=library_versions(),
     )
+
+
+def _permitted(recipe: Recipe) -> Recipe:
+    """``permit``, with the remedy that an experiment has: it can make no code of its stages run."""
+    try:
+        return permit(recipe)
+    except MethodError as error:
+        remedy = (error.remedy or "").replace(
+            "say --allow-code, or give the experiment file that names it",
+            "make the stage by `evomerge merge RECIPE --allow-code --out DIR`, and name DIR in its place",
+        )
+        raise MethodError(error.problem, where=error.where, remedy=remedy) from error
 
 
 def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -> list[Source]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from evomerge.errors import CheckpointError, EvaluatorError, ResourceError
+from evomerge.errors import CheckpointError, EvaluatorError, MethodError, ResourceError
 from evomerge.exporting import export
 from evomerge.planning import Plan, build_plan, check_device, check_local_gpus, drift
 from evomerge.progress import Progress, size
@@ -40,6 +40,19 @@ def test_a_plan_holds_items_of_the_stated_counts_and_a_worker_built_from_paths(e
 def test_the_same_experiment_has_no_drift(experiment):
     path = experiment()
     assert drift(plan_of(path).fingerprint, plan_of(path).fingerprint) == []
+
+
+def test_code_of_a_stage_is_refused_with_a_remedy_that_run_has(experiment):
+    """`run` has no option --allow-code."""
+    path = experiment()
+    stage = {"method": "half.py@half", "base": "base", "experts": {"a": "expert0"}, "weights": 1}
+    (path.parent / "half.py").write_text("raise SystemExit")
+    (path.parent / "stage.yaml").write_text(json.dumps(stage))
+    change(path, experts={"mix": "stage.yaml", "b": "expert1"})
+    with pytest.raises(MethodError) as raised:
+        plan_of(path)
+    assert "evomerge merge RECIPE --allow-code --out DIR" in str(raised.value)
+    assert "say --allow-code" not in str(raised.value)
 
 
 def test_moving_the_whole_folder_is_no_drift(experiment):

@@ -192,6 +192,7 @@ def test_which_group_a_tensor_belongs_to():
         ({"experts": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]}, ["'a'"]),
         ({"base": None}, ["base"]),
         ({"base": {"path": "x", "sha": "y"}}, ["base", "'sha'", "sha256"]),
+        ({"base": {"path": "x", "sha256": 0}}, ["base", "sha256 must be text", "0"]),
         ({"weights": {"add": 0.5}}, ["weights", "topic"]),
         ({"weights": {"add": 0.5, "topic": 1, "spam": 2}}, ["weights", "'spam'"]),
         ({"weights": {"add": 0.5, "topic": float("nan")}}, ["weights.topic", "nan"]),
