@@ -614,3 +614,15 @@ def test_statistics_are_of_the_merges_rows(untied: Path, tmp_path: Path):
     other = recipe_of(family, "base", ("expert_a", "expert_b"), method="fisher", statistics=str(family / "stats"))
     with pytest.raises(CheckpointError, match="were taken with the vocabulary"):
         export(other, tmp_path / "other")
+
+
+def test_tokens_are_added_as_the_expert_has_them(untied: Path, tmp_path: Path):
+    """Special or not, and with the spaces that they swallow: the entries of tokenizer.json are the expert's."""
+    shutil.copytree(untied / "base", tmp_path / "base")
+    shutil.copytree(untied / "plain", tmp_path / "a")
+    tiny.add_tokens(tmp_path / "a", ["plain word"], seed=1, special=False)
+    tiny.add_tokens(tmp_path / "a", [transformers.AddedToken(X, rstrip=True, normalized=False)], seed=2)
+    out = export(recipe_of(tmp_path, "union", ("a",)), tmp_path / "out")
+    mine, theirs = (json.loads((f / "tokenizer.json").read_text())["added_tokens"] for f in (out, tmp_path / "a"))
+    assert mine == theirs
+    assert [entry["special"] for entry in mine[-2:]] == [False, True]

@@ -95,7 +95,7 @@ def add_tokens(folder: Path, tokens: Sequence[str], *, seed: int, special: bool 
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             for token in tokens:
-                row = module.weight[tok.convert_tokens_to_ids(token)]
+                row = module.weight[tok.convert_tokens_to_ids(str(token))]
                 row.copy_((torch.randn(row.shape, generator=generator) * 0.15).to(row.dtype))
     model.save_pretrained(folder, **save)
     tok.save_pretrained(folder)
