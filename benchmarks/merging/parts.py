@@ -130,7 +130,7 @@ def _mergekit(clock: Clock, setting: Setting, name: str, base: Path, experts: li
 def _floors(clock: Clock, folders: list[Path], scratch: Path) -> None:
     """Copying one checkpoint in memory; reading one, writing one as files; a draw for each entry of one."""
     tensors = load_file(folders[0] / "model.safetensors")
-    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # pages that have been touched, on both sides
     size = sum(tensor.nbytes for tensor in tensors.values())
     with clock.time("floor", "copy", bytes=size):
         for name, tensor in tensors.items():

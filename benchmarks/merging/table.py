@@ -216,6 +216,7 @@ def _about(about: dict[str, Any]) -> str:
         f"seconds, threads: {about['threads']}, load {about['load']} on {about['cores']} cores, "
         f"Python {about['python']}, torch {about['torch']}."
     )
+    words += f" {about['note']}" if "note" in about else ""
     problems = about["problems"]
     if isinstance(problems, str):
         return f"{words} Peers: {problems}."
