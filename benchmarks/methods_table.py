@@ -246,8 +246,9 @@ def run(
         file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
         spec = Spec.from_dict(data, family.home, path=file)
         options = Options(storage=family.store, allow_drift=allow_drift)
-        if METHODS[method].statistics:
-            measure(family, METHODS[method].statistics, progress)
+        kind = METHODS[method].statistics
+        if kind is not None:
+            measure(family, kind, progress)
         if (method, setting) != CONTROLS_FROM:
             hand_over(family, method, setting, spec, options, progress)
         store = run_study(spec, options, progress, make_pool=lambda: LocalPool(inline=True))
@@ -431,15 +432,14 @@ def table(rows: Sequence[Mapping[str, Any]], family: Family) -> str:
         "weight for all experts (where only proportions count, one for each, and `scale`) and the method's main "
         'parameters. "Against": the paired difference to the best control, '
         f"{' or '.join(a.replace('_', ' ') for a in against)}, which was chosen on {family.split['select']} other "
-        f"items a task. `fisher`, `regmean` and `lm_cocktail` have seen {COLLECTED} search items a task. "
-        "Seconds: to merge one candidate, on one thread of a busy machine.",
+        f"items a task. `fisher`, `regmean` and `lm_cocktail` have seen {COLLECTED} search items a task.",
         "",
-        "| method | at its defaults | against | after a search | against | p | found | s |",
-        "|---|--:|--:|--:|--:|--:|---|--:|",
+        "| method | at its defaults | against | after a search | against | p | found |",
+        "|---|--:|--:|--:|--:|--:|---|",
     ]
     controls = [r for r in rows if r["setting"] == "control"]
     lines += [
-        f"| control: {r['method']} | {interval(r)} | {versus(r)} | | | | {r['merge']} | |"
+        f"| control: {r['method']} | {interval(r)} | {versus(r)} | | | | {in_short(r['merge'])} |"
         for r in sorted(controls, key=lambda r: -r["test"][0])
     ]
     names = sorted({r["method"] for r in rows if r["setting"] != "control"})
@@ -447,10 +447,9 @@ def table(rows: Sequence[Mapping[str, Any]], family: Family) -> str:
     best = {n: max(by_key[n, s]["test"][0] for s in SETTINGS if "test" in by_key.get((n, s), {})) for n in with_rows}
     for name in sorted(with_rows, key=lambda n: (-best[n], n)):
         default, search = (by_key.get((name, s), {}) for s in SETTINGS)
-        seconds = [r["merge_seconds"] for r in (default, search) if r.get("merge_seconds") is not None]
         lines.append(
             f"| `{name}` | {interval(default)} | {versus(default)} | {interval(search)} | {versus(search)} | "
-            f"{p_value(search)} | {found(search)} | {f'{seconds[-1]:.1f}' if seconds else ''} |"
+            f"{p_value(search)} | {found(search)} |"
         )
     reasons = {n: why(by_key, n) for n in names if why(by_key, n)}
     if reasons:
@@ -494,12 +493,24 @@ def p_value(row: Mapping[str, Any]) -> str:
 
 
 def found(row: Mapping[str, Any]) -> str:
+    """What the search chose, and which of its candidates that was."""
     if "test" not in row:
         return ""
-    if row["trial"] == 0:
-        return "its defaults"
-    spent = "" if row["trials"] == 0 else f"{row['trial'] + 1} of {row['trials']}"
-    return f"candidate {spent}" + (f", {row['failures']} failed" if row["failures"] else "")
+    failed = f", {row['failures']} failed" if row["failures"] else ""
+    which = "the defaults" if row["trial"] == 0 else in_short(row["merge"])
+    return f"{which} ({row['trial'] + 1} of {row['trials']}{failed})"
+
+
+def in_short(merge: str) -> str:
+    """Of a merge as the leaderboard has it: what can move, and the weights."""
+    head, _, weights = merge.partition(") ") if ")" in merge else ("", "", merge.partition(" ")[2])
+    moving = {*MOVING, *(key for own in MOVING_OF.values() for key in own), "scale"}
+    params = [pair.split("=") for pair in head.partition("(")[2].split(", ") if "=" in pair]
+    numbers = [entry.rpartition(" ")[::2] for entry in weights.split(", ")]
+    texts = [f"{key} {value}" for key, value in params if key in moving and (key, value) != ("scale", "1.00")]
+    one = {weight for _, weight in numbers}
+    named = ", ".join(f"{name} {weight}" for name, weight in numbers if weight != "0.00")
+    return ", ".join([*texts, f"weight {min(one)}" if len(one) == 1 else named])
 
 
 def short(number: float, *, sign: bool = False) -> str:

@@ -152,10 +152,15 @@ def test_the_page_says_what_the_results_say():
 
 def test_cells():
     row = {"test": [0.5, 0.45, 0.55], "difference": [0.02, 0.001, 0.04, 0.0004], "trial": 3, "trials": 6, "failures": 1}
+    row["merge"] = "ties(density=0.20, mode=mean, normalize=False, scale=1.00, scope=tensor) a 0.60, b 0.60"
     assert table.interval(row) == ".500 [.450, .550]"
     assert table.versus(row) == "**+.020 [+.001, +.040]**"
     assert table.p_value(row) == "< .001"
-    assert table.found(row) == "candidate 4 of 6, 1 failed"
+    assert table.found(row) == "density 0.20, weight 0.60 (4 of 6, 1 failed)"
+    assert table.found(row | {"trial": 0, "failures": 0}) == "the defaults (1 of 6)"
+    assert table.in_short("linear(normalize=True) a 0.20, b -1.30") == "a 0.20, b -1.30"
+    assert table.in_short("task_arithmetic(scale=0.50) a 1.00, b 0.00") == "scale 0.50, a 1.00"
+    assert table.in_short("passthrough a 1.00") == "weight 1.00"
     assert table.interval({}) == "-"
     assert table.short(-0.25, sign=True) == "-.250"
     assert table.short(1.0) == "1.000"
