@@ -7,6 +7,7 @@ import random
 import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,13 +82,13 @@ def save_dense_expert(base: Path, folder: Path, *, seed: int, size: float = 0.03
     return Path(folder)
 
 
-def add_tokens(folder: Path, tokens: Sequence[str], *, seed: int, special: bool = True, **save) -> Path:
+def add_tokens(folder: Path, tokens: Sequence[Any], *, seed: int, special: bool = True, **save) -> Path:
     """Give the model in ``folder`` more tokens, in its tokenizer and as rows of normal noise in its embeddings."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(folder)
     tok.add_tokens(list(tokens), special_tokens=special)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     first = model.get_input_embeddings().weight.shape[0]
     if len(tok) > first:
         model.resize_token_embeddings(len(tok), mean_resizing=False)
