@@ -41,7 +41,7 @@ def recipe_of(folder: Path, method: str) -> Recipe:
     group = (Group((0.4, 0.6)),)
     if method == "slerp":
         return Recipe(None, (base, dense), method, group)
-    if METHODS[method].num_experts[1] == 1:
+    if METHODS[method].num_experts[1] == 1 or METHODS[method].needs_factors:
         return Recipe(base, (lora,), method, (Group((0.6,)),))
     statistics = statistics_of(folder, ("dense", "lora"), METHODS[method].statistics)
     return Recipe(base, (dense, lora), method, group, statistics=statistics)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from methods.families import NOT_AROUND_THE_BASE, fitting
+from methods.families import NOT_AROUND_THE_BASE, OF_DENSE_EXPERTS, fitting
 from safetensors.torch import load_file, save_file
 from statistics_folder import statistics_of
 
@@ -184,7 +184,7 @@ def test_all_methods_into_and_to_disk(lora_family: Path, tmp_path: Path, method:
     assert_equal(model.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DENSE_EXPERTS)
 def test_files_hold_what_the_method_computes(dense_family: Path, tmp_path: Path, method: str):
     """Chunk by chunk from mapped files is the same as on state dicts in memory."""
     recipe = recipe_of(dense_family, method, seed=3)

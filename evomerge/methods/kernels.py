@@ -10,13 +10,20 @@ Loops go by blocks of SIZE entries whose sums are parts of one array: so the com
 
 from __future__ import annotations
 
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, types  # pyright: ignore[reportPrivateImportUsage]
+from numba.core import config
 from numba.extending import intrinsic, overload
+
+from evomerge.hashing import cache_folder
 
 SIZE = 512  # entries of a block: six sums of them fit into half the fastest cache; a multiple of 32, the bits of a word
 
@@ -24,13 +31,30 @@ SIZE = 512  # entries of a block: six sums of them fit into half the fastest cac
 def compiled(function: Any) -> Any:
     """``function`` as machine code, made at its first call for a combination of types and kept on disk.
 
-    In a folder beside this file, or, where that cannot be written, in the user's cache folder (NUMBA_CACHE_DIR names
-    another); where neither can, it is compiled once a process.
+    Under EVOMERGE_CACHE (or ~/.cache/evomerge), in a folder of all loops' source: numba looks at the one file that a
+    function stands in, not at those it imports from, so that a change there would leave stale machine code in use.
+    Where nothing can be written it is compiled once a process.
     """
+    folder = cache_folder() / "loops" / _sources_hash()
+    before = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
+    options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
     try:
-        return numba.njit(function, cache=True, error_model="numpy", nogil=True)
-    except RuntimeError:  # no folder can be written
-        return numba.njit(function, error_model="numpy", nogil=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        return numba.njit(function, cache=os.access(folder, os.W_OK), **options)
+    except OSError:
+        return numba.njit(function, **options)
+    finally:
+        config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _sources_hash() -> str:
+    """Of the files that hold compiled loops."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*kernels.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @intrinsic

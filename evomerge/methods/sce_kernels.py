@@ -8,11 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from evomerge.methods.kernels import compiled, fma, pointer, widened
-
-# Entries of a block. Its own: what numba keeps on disk of this file is not made anew when another file changes, and
-# loops that disagree about it would write beyond their arrays.
-SIZE = 512
+from evomerge.methods.kernels import SIZE, compiled, fma, pointer, widened
 
 
 @compiled

@@ -18,6 +18,9 @@ T = TypeVar("T")
 # Those whose zero weights do not give the base: they are not of the form base + sum w f(tau).
 NOT_AROUND_THE_BASE = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "fisher", "lm_cocktail"}
 
+# Those that take whole checkpoints, as state dicts hold them; the others work on the factors of adapters.
+OF_DENSE_EXPERTS = [name for name, method in METHODS.items() if not method.needs_factors]
+
 
 def fitting(method: str, experts: Sequence[T]) -> list[T]:
     """As many of the experts (or of their weights) as the method takes."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,18 +188,36 @@ def test_without_numba_the_plain_code_runs():
     assert done.stdout == "None\n"
 
 
-def test_where_no_folder_can_be_written_they_are_compiled_once_a_process():
-    code = """
+FIRST_CALL = """
 import numpy as np
-from numba.core import caching
-caching.FunctionCache._impl_class._locator_classes = []
 from evomerge.methods import fused
 out = np.zeros(3, np.float32)
-fused.kernels().draw_uniform(np.full(4, 2**63 + 2**41, np.uint64), out)
-print(out.any())
+loops = fused.kernels()
+loops.draw_uniform(np.full(4, 2**63 + 2**41, np.uint64), out)
+print(out.any(), loops.draw_uniform.stats.cache_path)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+
+
+def first_call(cache: Path) -> list[str]:
+    """[were numbers drawn, the folder of the machine code] of a new process."""
+    env = {**os.environ, "EVOMERGE_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True, env=env)
+    return done.stdout.split()
+
+
+def test_machine_code_is_kept_by_the_source_of_all_loops(tmp_path: Path):
+    """A change in one file changes what another calls: all are compiled anew."""
+    drawn, folder = first_call(tmp_path)
+    files = sorted(Path(fused.__file__).parent.glob("*kernels.py"))
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    assert drawn == "True" and len(files) == 3
+    assert Path(folder).parent == tmp_path / "loops" / source
+    assert list(Path(folder).glob("*.nbc"))
+
+
+def test_where_no_folder_can_be_written_they_are_compiled_once_a_process():
+    drawn, folder = first_call(Path("/dev/null/cache"))
+    assert (drawn, folder) == ("True", "None")
 
 
 def test_importing_the_methods_does_not_import_numba():

@@ -11,7 +11,7 @@ from evomerge.methods import METHODS, merge_state_dicts
 from evomerge.methods.base import TensorInfo
 from evomerge.methods.statistics import example_statistics
 
-from .families import NOT_AROUND_THE_BASE, fitting
+from .families import NOT_AROUND_THE_BASE, OF_DENSE_EXPERTS, fitting
 
 
 def make_model(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def merged_of(method: str, base, experts, **options) -> dict[str, Tensor]:
     return merge_state_dicts(method, base, experts, statistics=statistics, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_DENSE_EXPERTS)
 def test_each_tensor_is_merged_and_rounded_once(method: str):
     experts, weights = fitting(method, EXPERTS), fitting(method, [0.4, 0.9])
     merged = merged_of(method, BASE, experts, weights=weights, seed=3)
