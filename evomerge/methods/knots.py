@@ -92,7 +92,8 @@ class Knots(MatrixMethod):
         **params: Any,
     ) -> LowRank | None:
         """None for a tensor that gets the mean: that is a weighted sum, as ``task_arithmetic`` would write it."""
-        taus = {t: e for t, (e, w) in enumerate(zip(experts, weights, strict=True)) if isinstance(e, LowRank) and w}
+        pairs = enumerate(zip(experts, weights, strict=True))
+        taus: dict[int, Any] = {t: e for t, (e, weight) in pairs if isinstance(e, LowRank) and weight}
         if not self.takes(info, matrices):
             return None
         merged = _merged(taus, weights=weights, dtype=dtype, info=info, seed=seed, **params)
@@ -100,7 +101,7 @@ class Knots(MatrixMethod):
 
 
 def _merged(
-    taus: Mapping[int, Tensor | LowRank],
+    taus: dict[int, Tensor | LowRank],
     *,
     weights: Sequence[float],
     dtype: torch.dtype,
@@ -112,12 +113,14 @@ def _merged(
     singular_values: str,
     **_: Any,
 ) -> LowRank | None:
-    """U (or U S) and M, in ``dtype``; None if there is no task vector, or nothing but zeros."""
+    """U (or U S) and M, in ``dtype``; None if there is no task vector, or nothing but zeros. Empties ``taus``."""
     left, S = left_basis(list(taus.values()), dtype)
     if not left.shape[1]:
         return None
     after = singular_values == "after"
-    right = {t: in_basis(left / S if after else left, tau, dtype) for t, tau in taus.items()}  # U' tau_t is S V_t'
+    basis = left / S if after else left
+    right = {t: in_basis(basis, taus.pop(t), dtype) for t in list(taus)}  # U' tau_t is S V_t'
+    del basis
     method, rows = INNER[inner], (left.shape[1], info.shape[1])
     nothing = torch.zeros(rows, dtype=dtype, device=left.device)  # the base of the right parts
     options = {"density": method.params["density"].default if density is None else density, "mode": mode}
