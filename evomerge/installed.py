@@ -7,7 +7,7 @@ pyproject.toml: ``[project.entry-points."evomerge.methods"]``, ``median = "my_pa
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,38 @@ def load(kind: Kind, name: str) -> tuple[Any, Code]:
         UserError: of the kind's class. No package offers it, or two do, or the package cannot be imported (which
             breaks those who name it, and nobody else).
     """
+    point = _point(kind, name)
+    return _loadable(kind, point, point.load), code_of(kind, name)
+
+
+def code_of(kind: Kind, name: str) -> Code:
+    """The code behind the entry point called ``name``, none of which runs.
+
+    Raises:
+        UserError: of the kind's class. No package offers it, or two do, or the package is not there.
+    """
+    point = _point(kind, name)
+    return Code(package=package_of(point), sha256=_loadable(kind, point, lambda: package_hash(point)))
+
+
+def _point(kind: Kind, name: str) -> EntryPoint:
     refuse_clash(kind, name, ())
     points = list(entry_points(group=kind.group, name=name))
     if not points:
         raise kind.error(
             f"no installed package offers a {kind.noun} {name!r}", remedy="Install the package that does, or check it."
         )
-    point = points[0]
+    return points[0]
+
+
+def _loadable(kind: Kind, point: EntryPoint, look: Callable[[], Any]) -> Any:
+    """What ``look`` returns; what it raises as an error that names the package."""
     try:
-        found = point.load()
-        return found, Code(package=package_of(point), sha256=package_hash(point))
+        return look()
     except (Exception, SystemExit) as error:
         raise kind.error(
-            f"the {kind.noun} {name!r} of the installed package {package_of(point)} ({point.value}) cannot be loaded: "
-            f"{type(error).__name__}: {error}",
+            f"the {kind.noun} {point.name!r} of the installed package {package_of(point)} ({point.value}) cannot be "
+            f"loaded: {type(error).__name__}: {error}",
             remedy="Repair, update or uninstall the package.",
         ) from error
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evomerge import installed
 from evomerge.errors import StudyError, UserError, nearest
 from evomerge.hub import hub_id
 from evomerge.leaderboard import Aggregate
-from evomerge.planning import Plan, build_plan, drift, refuse_drift
+from evomerge.planning import Plan, build_plan, code_parts, drift, refuse_drift
+from evomerge.plugins import EVALUATOR, Code, names_file, split_reference
 from evomerge.pools import LocalPool, Pool, WorkerSpec
 from evomerge.progress import Progress
 from evomerge.running import Runner, StopSignal
@@ -109,20 +111,28 @@ def aggregate_of(store: Store) -> Aggregate | None:
     """The evaluator's ``aggregate`` where a task's score is no mean over its items, since intervals then need it.
 
     None where all scores are means, and where the evaluator that made them is not here: a leaderboard can be read
-    without the models and the data.
+    without the models and the data. Code that is not the study's own does not run.
     """
     record = store.record
     if all(metric["item_mean"] for metric in record["metrics"].values()):
         return None
     from evomerge.worker import make_evaluator
 
+    def unchanged(parts: Mapping[str, str]) -> bool:
+        return all(record["fingerprint"].get(name) == digest for name, digest in parts.items())
+
+    spec = WorkerSpec.from_dict(record["worker"])
+    named = spec.evaluator
     try:
-        evaluator = make_evaluator(WorkerSpec.from_dict(record["worker"]))
+        code = Code(path=split_reference(named)[0]) if names_file(named) else installed.code_of(EVALUATOR, named)
+        if not unchanged(code_parts("evaluator", named, code, Path(spec.folder))):
+            return None
+        evaluator = make_evaluator(spec)
+        # Only it knows what else its scores depend on: data, tasks, versions.
         now = {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
     except (UserError, OSError):
         return None
-    unchanged = all(record["fingerprint"].get(name) == digest for name, digest in now.items())
-    return evaluator.aggregate if unchanged else None
+    return evaluator.aggregate if unchanged(now) else None
 
 
 def new_budget(text: str | None, current: int) -> int:

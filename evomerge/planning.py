@@ -388,12 +388,12 @@ def _starts(spec: Spec) -> dict[str, Any]:
     return {"initial": [s.model_dump(by_alias=True) for s in spec.search.initial]} if spec.search.initial else {}
 
 
-def _code_parts(kind: str, name: str, code: Code | None, spec: Spec) -> dict[str, str]:
+def code_parts(kind: str, name: str, code: Code | None, folder: Path) -> dict[str, str]:
     """What must not change of a plug-in's code: its files, or the package it came with; nothing of evomerge's own."""
     if code is None:
         return {}
     if code.path:
-        hashes = hash_files(code_files(Path(code.path)), spec.folder)
+        hashes = hash_files(code_files(Path(code.path)), folder)
         return {f"{kind} {file}": digest for file, digest in hashes.items()}
     return {f"{kind} {name}": f"{code.sha256[:12]} ({code.package})"}
 
@@ -410,12 +410,14 @@ def _fingerprint(
     )
     parts |= {f"evaluator {name}": digest for name, digest in evaluator.fingerprint().items()}
     for name, code in space.codes.items():
-        parts |= _code_parts("method", name, code, spec)
+        parts |= code_parts("method", name, code, spec.folder)
     for method, collected in space.statistics.items():
         parts |= {f"statistics of {method}": ", ".join(collected.sha256.values())}
-    parts |= _code_parts("searcher", spec.search.method, find_searcher(spec.search.method, spec.folder).code, spec)
+    searcher = find_searcher(spec.search.method, spec.folder).code
+    parts |= code_parts("searcher", spec.search.method, searcher, spec.folder)
     if not names_file(worker.evaluator):
-        parts |= _code_parts("evaluator", worker.evaluator, installed.load(EVALUATOR, worker.evaluator)[1], spec)
+        code = installed.code_of(EVALUATOR, worker.evaluator)
+        parts |= code_parts("evaluator", worker.evaluator, code, spec.folder)
     for split in SPLITS:
         parts[f"items in {split}"] = _digest([i.id for i in items if i.split == split])
     for name, task in evaluator.context.tasks.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evomerge import pareto
 from evomerge.objectives import PLAIN, Judged, Merit, Objective, merit
@@ -33,6 +34,34 @@ def ranked_trials(trials: Iterable[TrialRecord], count: int) -> list[TrialRecord
         return complete[:count]
     order = pareto.best(np.array([t.values for t in complete]), [t.violation for t in complete], count)
     return [complete[i] for i in [0, *(i for i in order if i != 0)][:count]]
+
+
+class Standing:
+    """What a search has come to, kept as results come in: one is held against the best, not against all others.
+
+    Attributes:
+        best: the complete trial of the highest merit, the first of equals; None while there is none.
+        front: with several objectives, the values of the trials that miss no constraint and that nobody dominates.
+        failed: how many trials have failed.
+    """
+
+    def __init__(self, trials: Iterable[TrialRecord] = ()):
+        self.best: TrialRecord | None = None
+        self.front: list[NDArray[np.float64]] = []
+        self.failed = 0
+        for trial in trials:
+            self.add(trial)
+
+    def add(self, trial: TrialRecord) -> None:
+        """A trial has ended (one that still runs changes nothing)."""
+        self.failed += trial.state == "fail"
+        if trial.state != "complete":
+            return
+        if self.best is None or (trial.merit, -trial.n) > (self.best.merit, -self.best.n):
+            self.best = trial
+        values = np.asarray(trial.values)
+        if len(values) and not trial.violation and not any(pareto.dominates(other, values) for other in self.front):
+            self.front = [other for other in self.front if not pareto.dominates(values, other)] + [values]
 
 
 class Judge:

@@ -6,15 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
-from evomerge import pareto
 from evomerge.dimensions import Point
 from evomerge.errors import EvomergeError, Interrupted, StudyError
 from evomerge.objectives import Judged, Objective
 from evomerge.planning import Plan, make_searcher
 from evomerge.progress import Progress
-from evomerge.ranking import choose_winner, ranked_trials
+from evomerge.ranking import Standing, choose_winner, ranked_trials
 from evomerge.recipe import Group, Recipe
 from evomerge.running import Done, Runner
 from evomerge.searchers.base import Told
@@ -87,6 +84,7 @@ class Study:
         self.starts: list[Point | None] = store.record.get("starts", [])
         self._set_searcher()
         self.trials: list[TrialRecord] = []
+        self.standing = Standing()
         self.told = 0  # reproducible schedule: the first `told` trials have been told
 
     def run(self) -> None:
@@ -166,6 +164,7 @@ class Study:
         self.trials[n] = replace(
             self.trials[n], state=state, score=done.objective, failure=reason, values=values, margins=margins
         )
+        self.standing.add(self.trials[n])
         if self.asynchronous:
             self.store.log_event("tell", n)
             self.searcher.tell(self._told(n))
@@ -173,6 +172,7 @@ class Study:
     def replay(self) -> list[TrialRecord]:
         """Bring a new searcher to where the stored study was; returns the trials that were running then."""
         self.trials = self.store.trials()
+        self.standing = Standing(self.trials)
         if [t.n for t in self.trials] != list(range(len(self.trials))):
             raise StudyError(f"the store of study {self.plan.spec.name!r} has gaps in its trial numbers")
         if self.asynchronous:
@@ -342,19 +342,16 @@ class Study:
             raise Interrupted(self.runner.stop.reason)
 
     def _best_note(self) -> str:
-        complete = [t for t in self.trials if t.state == "complete"]
-        failed = sum(t.state == "fail" for t in self.trials)
+        best, failed = self.standing.best, self.standing.failed
         notes = []
-        if complete:
-            best = max(complete, key=lambda t: (t.merit, -t.n))
+        if best is not None:
             notes.append(
                 f"none keeps the constraints yet, nearest trial {best.n}"
                 if best.violation
                 else f"best {best.score:.3f} (trial {best.n})"
             )
-            feasible = [t.values for t in complete if not t.violation]
-            if self.objective.several and feasible:
-                notes.append(f"{len(pareto.front(np.array(feasible)))} on the front")
+            if self.standing.front:
+                notes.append(f"{len(self.standing.front)} on the front")
         controls = {
             s: judged for s in [*opening_controls(self.plan), *self.chosen_controls()] if (judged := self._judged(s))
         }

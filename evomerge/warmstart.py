@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from evomerge.dimensions import Point
 from evomerge.errors import SpecError, UserError, nearest
+from evomerge.methods.lookup import method_of
 from evomerge.parts import BASE
 from evomerge.planning import Plan
 from evomerge.recipe import Group, Recipe
@@ -92,8 +93,6 @@ def _control(plan: Plan, name: str) -> Recipe:
 
 def _refuse_if_not_base(plan: Plan, point: Point) -> None:
     """SpecError unless ``point``, the nearest to all weights at zero, is the base itself."""
-    from evomerge.methods import METHODS
-
     recipe = plan.space.decode(point)
     pairs = list(zip(plan.space.regions, recipe.groups, strict=True))
     words = [region.word for region, _ in pairs if region.word not in ("", BASE, UNTOUCHED)]
@@ -108,7 +107,7 @@ def _refuse_if_not_base(plan: Plan, point: Point) -> None:
             f"the base has all weights at 0, but the nearest point of the space has one at {away[0]:g}",
             remedy="Widen space.weights.range to hold 0, or begin with control: average.",
         )
-    by_base = [name for name in recipe.methods if not METHODS[name].needs_base]
+    by_base = [recipe.method_of(group)[0] for group in recipe.groups if not method_of(recipe, group).needs_base]
     if by_base:
         raise SpecError(
             f"the base is no merge by {by_base[0]}, which merges the experts without it",

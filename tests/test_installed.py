@@ -96,6 +96,12 @@ def test_names_are_known_without_importing_anything(site: Path):
     assert not any(name.startswith("first_plugins") for name in sys.modules)
 
 
+def test_code_is_known_without_importing_it(site: Path):
+    known = installed.code_of(EVALUATOR, "ones")
+    assert not any(name.startswith("first_plugins") for name in sys.modules)
+    assert installed.load(EVALUATOR, "ones")[1] == known
+
+
 def test_each_kind_is_found_by_name(site: Path, tmp_path: Path):
     found = find("half")
     assert type(found.method).__name__ == "Half" and found.code is not None

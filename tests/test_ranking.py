@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge import pareto
 from evomerge.objective_file import ObjectiveSpec
 from evomerge.objectives import Objective
-from evomerge.ranking import Judge, choose_winner, ranked_trials
+from evomerge.ranking import Judge, Standing, choose_winner, ranked_trials
 from evomerge.store import Evaluation, TrialRecord
 
 TASKS = {"one": 1.0, "two": 1.0}
@@ -84,3 +90,25 @@ def test_finalists_of_one_objective_keep_the_constraints_first():
               trial(3, 0.5, margins=(-1, -1)), trial(4, state="fail")]  # fmt: skip
     assert [t.n for t in ranked_trials(trials, 9)] == [1, 3, 2, 0]
     assert ranked_trials([], 3) == []
+
+
+VALUE = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+@given(data=st.data())
+def test_what_is_kept_as_results_come_in_is_what_all_of_them_say(objectives, data):
+    """In any order, with equal ones, failures and missed constraints: the rules on all trials at once."""
+    kinds = data.draw(st.lists(st.sampled_from(["fails", "misses", "keeps"]), max_size=12))
+    trials = []
+    for n, kind in enumerate(kinds):
+        values = [data.draw(VALUE) for _ in range(objectives)]
+        margins = (0.5,) if kind == "misses" else (-0.5,)
+        trials.append(trial(n, state="fail") if kind == "fails" else trial(n, *values, margins=margins))
+    standing = Standing(data.draw(st.permutations(trials)))
+    assert standing.failed == kinds.count("fails")
+    complete = [t for t in trials if t.state == "complete"]
+    assert standing.best == max(complete, key=lambda t: (t.merit, -t.n), default=None)
+    feasible = [t.values for t in complete if t.values and not t.violation]
+    on_front = [feasible[i] for i in pareto.front(np.array(feasible))] if feasible else []
+    assert sorted(map(tuple, standing.front)) == sorted(on_front)

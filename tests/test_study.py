@@ -221,6 +221,21 @@ def test_a_search_begins_with_the_base_only_where_the_space_holds_it(write, spac
     assert "search.initial[0]" in str(raised.value)
 
 
+@pytest.mark.parametrize(("needs_base", "words"), [(True, None), (False, "no merge by plug.py@Plug")])
+def test_a_search_by_a_plug_in_begins_with_the_base_where_the_plug_in_adds_to_it(write, needs_base, words):
+    space = {"method": "plug.py@Plug", "weights": {"granularity": "task", "range": [0.0, 1.0]}}
+    path = write(space=space, search={"budget": 2, "method": "random", "initial": [{"control": "base"}]})
+    path.with_name("plug.py").write_text(
+        f"# {path}\nfrom evomerge.methods.basic import TaskArithmetic\n"
+        f"class Plug(TaskArithmetic):\n    name = 'plug'\n    needs_base = {needs_base}\n"
+    )
+    if words is None:
+        assert set(run(path).trials()[0].point.values()) == {0.0}
+    else:
+        with pytest.raises(UserError, match=words):
+            run(path)
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_soup_ends_by_itself_and_keeps_what_does_not_get_worse(write, slots):
     """Two experts: each alone, then both; nothing comes after that, whatever the budget."""
@@ -260,6 +275,25 @@ def test_workers_that_the_search_cannot_keep_busy_are_told_of(write, search, mos
     assert f"at most {most} candidates" in idle_workers(plan, most + 1)
 
 
+def test_a_result_costs_no_walk_over_all_trials(write, monkeypatch):
+    walks = []
+
+    class Walked(list):
+        def __iter__(self):
+            walks.append(len(self))
+            return super().__iter__()
+
+    read = Store.trials
+    monkeypatch.setattr(Store, "trials", lambda store: Walked(read(store)))
+    counts = {}
+    for budget in (2, 10):
+        walks.clear()
+        store = run(write(folder=str(budget), search={"method": "random", "budget": budget}))
+        assert len(read(store)) == budget
+        counts[budget] = len(walks)
+    assert counts[2] == counts[10]
+
+
 def test_a_score_that_is_no_mean_gets_its_interval_while_its_evaluator_is_there_unchanged(write):
     path = write(search={"method": "random", "budget": 2})
     evaluator = path.parent / "my_eval.py"
@@ -273,8 +307,9 @@ def test_a_score_that_is_no_mean_gets_its_interval_while_its_evaluator_is_there_
     row = leaderboard(store, aggregate=aggregate).select[0]
     assert row.score.low <= row.score.value <= row.score.high
 
-    evaluator.write_text(WORST.replace("min(", "max("))
+    evaluator.write_text(f"import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n{WORST}")
     assert aggregate_of(store) is None
+    assert not evaluator.with_name("ran").exists()  # reading a leaderboard runs no code that the study did not run
     evaluator.unlink()
     assert aggregate_of(store) is None
 
