@@ -257,24 +257,32 @@ def collect(
     experiment: Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")],
     what: Annotated[
         list[str] | None,
-        typer.Option("--what", help="fisher, gram, gram_merged, loss; by default what the space's methods need."),
+        typer.Option(
+            "--what",
+            metavar="KIND",
+            help="fisher, gram, gram_merged, loss; by default what the space's methods need.",
+        ),
     ] = None,
     items: Annotated[
-        int | None, typer.Option("--items", min=1, help="Search items of each task; by default 256, or all.")
+        int | None, typer.Option("--items", min=1, help="How many search items of a task; by default 256, or all.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder; by default the experiment's, or statistics beside it.")
+        Path | None,
+        typer.Option("--out", help="Folder to write; by default the experiment's, or statistics beside it."),
     ] = None,
     labels: Annotated[
-        str, typer.Option("--labels", help="Of fisher: model (the paper's: all answers, as it sees them) or right.")
+        str,
+        typer.Option(
+            "--labels", help="For fisher: model (all answers, as the model weighs them) or right (the right one only)."
+        ),
     ] = "model",
     rho: Annotated[
         float,
-        typer.Option("--rho", min=0.0, max=1.0, help="Of gram_merged: regmean_pp's rho, for layers merged on the way."),
+        typer.Option("--rho", min=0.0, max=1.0, help="For gram_merged: regmean_pp's rho, by which layers are merged."),
     ] = 0.9,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="EXPERT=TASK: a task of an expert's own, where they are not called alike."),
+        typer.Option("--task", metavar="EXPERT=TASK", help="Whose own task it is, where names do not say so."),
     ] = None,
 ) -> None:
     """Measure the experts, for methods that are weighted by data. On search items; a stopped run goes on."""
@@ -382,7 +390,7 @@ def methods(
     ] = None,
 ) -> None:
     """List the merge methods, or show one. With its parameters and source."""
-    from evomerge.showing import show_method, show_methods
+    from evomerge.methods_text import show_method, show_methods
 
     print(show_method(name) if name else show_methods())
 

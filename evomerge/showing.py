@@ -6,12 +6,9 @@ import shutil
 import tempfile
 import textwrap
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from evomerge.errors import MethodError, StudyError, UserError
+from evomerge.errors import StudyError, UserError
 from evomerge.exporting import merged_bytes
 from evomerge.folders import find_folder
 from evomerge.keeping import dense_bytes
@@ -19,6 +16,7 @@ from evomerge.launch import Options, storage_of
 from evomerge.memory import worker_bytes
 from evomerge.merging import written_bytes
 from evomerge.methods import METHODS
+from evomerge.methods_text import plain
 from evomerge.modelcard import listed
 from evomerge.objectives import Objective
 from evomerge.planning import Plan, make_searcher
@@ -118,7 +116,7 @@ def show_trial(store: Store, name: str) -> str:
             lines.append(f"told      {trial.score - paid:.4f}: its objective on search less the penalty {paid:.4f}")
         lines += [
             "point",
-            *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else _value(v)}" for k, v in trial.point.items()),
+            *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else plain(v)}" for k, v in trial.point.items()),
         ]
     evaluations = store.evaluations()
     for evaluation in evaluations:
@@ -305,64 +303,3 @@ def needs_a_look(store: Store) -> bool:
         a.key.startswith("control:") and a.state not in ("started", "complete", "lost") for a in store.attempts()
     )
     return lost_control or failed > FAILED_SHARE * max(1, len(trials))
-
-
-def show_methods() -> str:
-    """A line a method: name, what for, parameters; evomerge's own, then those of installed packages."""
-    from evomerge import installed
-    from evomerge.methods import METHODS
-    from evomerge.methods.lookup import find
-    from evomerge.plugins import METHOD
-
-    others = installed.names(METHOD)
-    width = max(len(name) for name in [*METHODS, *others])
-
-    def line(name: str, method: Any, note: str = "") -> str:
-        params = ", ".join(f"{k}={_value(p.default)}" for k, p in method.params.items())
-        return f"{name:<{width}}  {method.summary}" + (f"  [{params}]" if params else "") + note
-
-    lines = [line(name, method) for name, method in METHODS.items()]
-    for name in others:
-        try:
-            found = find(name)
-        except MethodError as error:  # that package's affair, and of those who name it
-            lines.append(f"{name:<{width}}  cannot be used: {error.problem}")
-        else:
-            lines.append(line(name, found.method, f"  (from {found.code.package})" if found.code else ""))
-    return "\n".join(lines)
-
-
-def show_method(name: str) -> str:
-    """One method: summary, source, experts it takes, parameters with defaults and ranges.
-
-    Args:
-        name: as in an experiment; a file's is relative to the current folder, and its code runs.
-
-    Raises:
-        MethodError: there is no such method.
-    """
-    from evomerge.methods.lookup import find
-
-    found = find(name, Path())
-    method = found.method
-    fewest, most = method.num_experts
-    experts = f"{fewest} or more" if most is None else str(fewest) if most == fewest else f"{fewest} to {most}"
-    lines = [
-        f"{name}: {method.summary}",
-        f"source      {method.reference}",
-        *([f"code        {found.code.path or found.code.package}  sha256 {found.code.sha256}"] if found.code else []),
-        f"experts     {experts}",
-        f"base        {'needed' if method.needs_base else 'not needed'}",
-        *([f"statistics  {method.statistics}, by evomerge collect"] if method.statistics else []),
-        "weights     one an expert",
-    ]
-    for key, param in method.params.items():
-        lines.append(f"{key:<11} {param.type.__name__} {param.range_text()}, default {_value(param.default)}")
-        lines.append(textwrap.indent(textwrap.fill(param.meaning, 100), " " * 12))
-    return "\n".join(lines)
-
-
-def _value(value: object) -> str:
-    if value is None:
-        return "derived"
-    return yaml.safe_dump(value).partition("\n")[0]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.errors import MethodError, StudyError
+from evomerge.errors import StudyError
 from evomerge.launch import sqlite_url
 from evomerge.recipe import Group, Recipe, Source
-from evomerge.showing import needs_a_look, resolve_subject, show_method, show_methods
+from evomerge.showing import needs_a_look, resolve_subject
 from evomerge.store import Evaluation, Store
 
 SOURCES = Source("base", "base", "0" * 64), (Source("a", "a", "1" * 64), Source("b", "b", "2" * 64))
@@ -80,17 +80,3 @@ def test_a_failed_control_needs_a_look(store):
     with store.lock():
         store.log_attempt("control:base/search", 1, "nan", "score is nan", "", 1.0, "w")
     assert needs_a_look(store)
-
-
-def test_every_method_is_listed_and_shown_with_each_parameter():
-    from evomerge.methods import METHODS
-
-    listing = show_methods()
-    for name, method in METHODS.items():
-        assert f"{name} " in listing
-        text = show_method(name)
-        assert method.reference in text
-        assert all(f"\n{key} " in text for key in method.params)
-    with pytest.raises(MethodError, match="slurp") as caught:
-        show_method("slurp")
-    assert "Did you mean 'slerp'?" in str(caught.value)

@@ -57,7 +57,7 @@ def test_the_plug_ins_hold_their_contracts(tmp_path: Path):
 def test_an_experiment_with_all_three(server: Server, documented: Path, tmp_path: Path):
     folder = documented.parent
     shown = server.run("methods", "my_methods.py@median", cwd=folder).out
-    assert "scale       float" in shown and str(folder / "my_methods.py") in shown
+    assert "scale       a number" in shown and str(folder / "my_methods.py") in shown
     dry = server.run("run", "--dry-run", documented).out
     assert re.search(r"code +my_methods.py@median: .*my_methods.py +sha256 [0-9a-f]{12}", dry)
     assert re.search(r"code +my_search.py@HillClimb: .*my_search.py +sha256 [0-9a-f]{12}", dry)
@@ -194,7 +194,7 @@ def test_an_installed_package(documented: Path, package: dict[str, str], tmp_pat
 
 @pytest.mark.slow
 def test_a_package_s_faults_are_those_of_who_names_it(documented: Path, package: dict[str, str]):
-    listed = evomerge("methods", **package).out
+    listed = " ".join(evomerge("methods", **package).out.split())
     assert re.search(r"median +the base plus the median .*\(from my-package 1.0\)", listed)
     assert re.search(r"broken +cannot be used: .*my-package 1.0 .*nowhere", listed)
     assert re.search(r"ties +cannot be used: method 'ties' is evomerge's own, .* my-package 1.0 offers", listed)

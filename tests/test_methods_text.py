@@ -1,0 +1,28 @@
+"""What ``evomerge methods`` prints."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from evomerge.errors import MethodError
+from evomerge.methods import METHODS
+from evomerge.methods_text import show_method, show_methods
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_every_method_is_listed_and_shown_with_each_parameter(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    listing = show_methods()
+    for name, method in METHODS.items():
+        assert re.search(rf"^{name} ", listing, re.MULTILINE)
+        text = show_method(name)
+        assert method.reference in " ".join(text.split())
+        assert all(f"\n{key} " in text for key in (*method.params, "weights"))
+        starts = {len(line) - len(line.lstrip()) for line in text.splitlines()[2:] if line.startswith(" ")}
+        assert len(starts) == 1  # one column, whatever the parameters are called
+        assert max(map(len, [*text.splitlines(), *listing.splitlines()])) <= columns
+    with pytest.raises(MethodError, match="slurp") as caught:
+        show_method("slurp")
+    assert "Did you mean 'slerp'?" in str(caught.value)
