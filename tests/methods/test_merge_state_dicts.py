@@ -103,7 +103,7 @@ def test_without_a_base():
 def test_untouched_tensors_stay_the_base():
     """An adapter's state dict shares the tensors that it does not change."""
     expert = {**BASE, "norm.weight": EXPERTS[0]["norm.weight"]}
-    for method in METHODS:
+    for method in OF_DENSE_EXPERTS:
         merged = merged_of(method, BASE, fitting(method, [expert, expert]), dtype=torch.float32)
         assert torch.equal(merged["embed.weight"], BASE["embed.weight"].float()), method
         assert not torch.equal(merged["norm.weight"], BASE["norm.weight"].float()), method
@@ -111,7 +111,7 @@ def test_untouched_tensors_stay_the_base():
 
 def test_inputs_keep_their_bytes():
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in (BASE, *EXPERTS)]
-    for method in METHODS:
+    for method in OF_DENSE_EXPERTS:
         merged_of(method, BASE, fitting(method, EXPERTS))
     for model, copy in zip((BASE, *EXPERTS), before, strict=True):
         assert all(torch.equal(model[name], copy[name]) for name in copy)
@@ -119,7 +119,7 @@ def test_inputs_keep_their_bytes():
 
 def test_trainable_parameters_are_merged_without_a_graph():
     parameters = {"w": torch.nn.Parameter(torch.randn(4, 4))}
-    for method in METHODS:
+    for method in OF_DENSE_EXPERTS:
         merged = merged_of(method, parameters, fitting(method, [{"w": parameters["w"] + 1}, dict(parameters)]))
         assert not merged["w"].requires_grad
 
