@@ -34,7 +34,7 @@ class _Breadcrumbs(TrimmedMethod):
     smallest or the largest of them in magnitude are kept as well.
     """
 
-    reference = "Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795, section 3"
+    reference = "Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795"
 
     def trimming(self, params: Mapping[str, Any]) -> Trimming | None:
         density, gamma = (params.get(key, self.params[key].default) for key in ("density", "gamma"))

@@ -174,7 +174,7 @@ class _Della(Method):
     place in the row. Draws are DARE's, so that epsilon 0 drops what DARE drops.
     """
 
-    reference = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, section 3 (MagPrune)"
+    reference = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, MagPrune"
     draws = True
 
     def check_together(self, params: Mapping[str, Any]) -> None:

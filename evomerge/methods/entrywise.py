@@ -50,7 +50,7 @@ class MagMax(Method):
 
     name = "magmax"
     summary = "for every parameter, the change of the expert that changed it most"
-    reference = "Marczak et al. 2024, MagMax, arXiv:2407.06322, section 4 (maximum magnitude selection)"
+    reference = "Marczak et al. 2024, MagMax, arXiv:2407.06322, maximum magnitude selection"
     params: Mapping[str, Param] = MappingProxyType({"scale": SCALE})
 
     def combine(

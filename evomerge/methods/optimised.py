@@ -26,7 +26,7 @@ class WUDI(MatrixMethod):
 
     Per matrix: min_X sum_t ||(X - w_t tau_t) tau_t'||^2 / ||tau_t||^2 by ``steps`` steps of Adam from
     X = sum w_t tau_t. The rows of tau_t stand for the inputs of the layer, which they are combinations of. One expert
-    is kept.
+    is kept, up to rounding.
     """
 
     name = "wudi"

@@ -75,7 +75,7 @@ class Sce(Method):
 
     name = "sce"
     summary = "keep what varies most between experts, weigh experts by their energy, drop minority signs"
-    reference = "Wan et al. 2024, FuseChat, arXiv:2408.07990, section on SCE merging; as in mergekit 0.1.5"
+    reference = "Wan et al. 2024, FuseChat, arXiv:2408.07990, SCE merging as in mergekit 0.1.5"
     params: Mapping[str, Param] = MappingProxyType(
         {
             "select_topk": Param(float, 1.0, "share of the entries that is kept, by their variance over experts", 0, 1),

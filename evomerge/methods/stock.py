@@ -35,7 +35,7 @@ class ModelStock(Method):
 
     name = "model_stock"
     summary = "mean of the experts, pulled to the base as far as the angles between their task vectors say"
-    reference = "Jang et al. 2024, Model Stock, arXiv:2403.19522, section 4 (two experts: equation 2; N: equation 4)"
+    reference = "Jang et al. 2024, Model Stock, arXiv:2403.19522"
     params: Mapping[str, Param] = MappingProxyType({"vectors": replace(VECTORS, choices=("tensor", "rows"))})
     weight = ANY_WEIGHT
     num_experts: tuple[int, int | None] = (2, None)

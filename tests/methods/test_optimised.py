@@ -60,7 +60,7 @@ def test_gradient_is_autograds(family: Family, seed: int):
 @pytest.mark.parametrize("weight", [1.0, 0.7, -0.3])
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5)], ids=str)
 def test_one_expert_is_kept(dtype: torch.dtype, weight: float, shape: tuple[int, int]):
-    """To the bit: a gradient of rounding errors would move every entry by lr a step."""
+    """A gradient of rounding errors would move every entry by lr a step."""
     generator = torch.Generator().manual_seed(0)
     base, expert = torch.randn(2, *shape, generator=generator, dtype=dtype)
     factors = LowRank(torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator), 0.5)
