@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.dimensions import Dimension, Point, Value
 from evomerge.errors import SpecError, nearest
-from evomerge.recipe import KINDS, Collected, Group, Recipe, holds
+from evomerge.parts import KINDS
+from evomerge.recipe import Collected, Group, Recipe, holds
 from evomerge.space_file import (
     SpaceModel,
     WeightsModel,

@@ -18,7 +18,8 @@ from evomerge.errors import CheckpointError, SpecError
 from evomerge.exporting import MANIFEST, export
 from evomerge.merging import open_sources, verify_sources
 from evomerge.progress import Progress
-from evomerge.recipe import MOST_STAGES, Recipe
+from evomerge.recipe import Recipe
+from evomerge.recipe_reading import MOST_STAGES
 from evomerge.stages import built, keep, kept_folder, stages
 
 QUIET = Progress(quiet=True)

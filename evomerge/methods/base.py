@@ -21,7 +21,7 @@ ANY_WEIGHT = Param(float, 1.0, "what multiplies this expert's task vector; any s
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Which tensor, or which flat slice of it, a method is looking at. ``kind`` is among ``recipe.KINDS``.
+    """Which tensor, or which flat slice of it, a method is looking at. ``kind`` is among ``parts.KINDS``.
 
     ``shape`` is the whole tensor's; ``start`` is the flat (row-major) offset of the first entry that was handed over,
     so that a method with random draws or per-tensor state gives the same numbers for a slice as for the whole.
