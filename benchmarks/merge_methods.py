@@ -12,7 +12,9 @@ what the random draws cost.
 
 The peers run as they are, through their own Python interface, in a virtual environment of their own under the cache
 folder, made at the first run (or given by --peers). Rows go to a .jsonl file, tables to a .md file of the same name
-(benchmarks/merge_methods.*); a run replaces its own size's and parts' rows there.
+(benchmarks/merge_methods.*) when a part is done (of the part merge: a method) and after every round. A run replaces
+its own size's and parts' rows there, so that parts and methods can be run one by one. Each says when, and beside which
+load, it was measured.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,35 +61,53 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     peers = None if args.no_peers else Peers(args.peers or args.cache / "peers", args.threads)
     record = args.out.with_suffix(".jsonl")
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    unusable = {} if peers is None else dict(peers.problems)
+
+    def recorded() -> parts.Rows:
+        return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+    def keep(part: str, found: parts.Rows) -> None:
+        """Put what was found in the place of what stands there."""
+        head = {"size": args.size, "part": part}
+        rows = [row for row in recorded() if (row["size"], row["part"]) != (args.size, part)]
+        rows.append({**head, "about": about(args, peers, found)})
+        rows.extend({**head, **row} for row in found)
+        record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        args.out.write_text(tables(rows))
+
     for part in args.parts.split(","):
+        if peers is not None:
+            peers.problems = dict(unusable)
         folder = Path(tempfile.mkdtemp(prefix="merge-methods-"))
         try:
             setting = parts.Setting(
-                args.size, args.rounds, args.threads, args.methods.split(","), args.cache, folder, peers
+                args.size,
+                args.rounds,
+                args.threads,
+                args.methods.split(","),
+                args.cache,
+                folder,
+                peers,
+                keep,
             )
-            found = PARTS[part](setting)
+            if found := PARTS[part](setting):
+                keep(part, found)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        rows = [row for row in rows if (row["size"], row["part"]) != (args.size, part)]
-        head = {"size": args.size, "part": part}
-        rows.append({**head, "about": about(args, peers)})
-        rows += [{**head, **row} for row in found]
-        record.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        args.out.write_text(tables(rows))
-    print(tables([row for row in rows if row["size"] == args.size]))
+    print(tables([row for row in recorded() if row["size"] == args.size]))
 
 
-def about(args: argparse.Namespace, peers: Peers | None) -> dict[str, Any]:
-    """Where and on what this was measured."""
+def about(args: argparse.Namespace, peers: Peers | None, found: parts.Rows) -> dict[str, Any]:
+    """When, where and on what this was measured."""
     return {
-        "rounds": args.rounds,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "rounds": max(len(row["seconds"]) for row in found),
         "threads": args.threads,
         "load": round(os.getloadavg()[0], 1),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "problems": "no peers were asked for" if peers is None else peers.problems,
+        "problems": "no peers were asked for" if peers is None else dict(peers.problems),
     }
 
 

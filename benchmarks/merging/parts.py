@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from evomerge.merging import Merger, load_resident, open_sources
 from evomerge.methods import METHODS
 from evomerge.methods.base import TensorInfo, check_params
-from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.chunks import merge_into
 from evomerge.recipe import Recipe
 from merging.family import SIZES, make_tensors, write_family, write_many
 from merging.peers import Peers, mergekit_config, run_script
@@ -38,6 +38,8 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 RANDOM = ("dare_ties", "della")
 MATRIX_METHODS = {"wudi": {"steps": 30, "matrices": "all"}, "tsv_m": {}, "iso_c": {}}
+MATRIX_EXPERTS = 4
+BASE_SHAPES = [(768, 768), (3072, 768), (768, 3072)]  # of BERT's, GPT-2's and ViT's base models
 OURS = Path(__file__).parent / "evomerge_merge.py"
 Rows = list[dict[str, Any]]
 
@@ -51,6 +53,7 @@ class Setting:
     cache: Path
     folder: Path  # for what is thrown away
     peers: Peers | None
+    keep: Callable[[str, Rows], None]  # takes what has been measured so far, by the part's name
 
     def family(self) -> list[Path]:
         return write_family(self.cache, self.size, num_experts=EXPERTS, dtype="bfloat16")
@@ -82,15 +85,22 @@ class Clock:
 
 
 def merge(setting: Setting) -> Rows:
-    """Whole merges to disk beside mergekit's, then into a resident model: the first and the next candidate."""
+    """Whole merges to disk beside mergekit's, then into a resident model: the first and the next candidate.
+
+    Every method is a part of its own, kept in every round when it is done.
+    """
     base, *experts = setting.family()
     known = [name for name in setting.methods if name in METHODS]
     model = load_resident(base, auto_class="AutoModelForCausalLM", compute_dtype="bfloat16")
-    clock = Clock()
+    clocks = {name: Clock() for name in known}
     _warm_up(setting, known)
     for _ in range(setting.rounds):
-        _floors(clock, [base, *experts], setting.folder)
-        for name in known:
+        floors = Clock()
+        _floors(floors, [base, *experts], setting.folder)
+        for name, clock in clocks.items():
+            for row in floors.all():
+                clock.rows.setdefault((row["what"], row["quantity"]), []).extend(row["seconds"])
+                clock.facts[row["what"], row["quantity"]] = {}
             taken = experts[: METHODS[name].num_experts[1]]
             for quantity, durable in (("stream", False), ("stream, synced and hashed", True)):
                 with _gone(setting.folder / "ours") as out, clock.time(name, quantity):
@@ -103,7 +113,8 @@ def merge(setting: Setting) -> Rows:
                     merger.into(model, recipe)
             if setting.peers is not None:
                 _mergekit(clock, setting, name, base, taken)
-    return clock.all()
+            setting.keep(f"merge {name}", clock.all())
+    return []
 
 
 def _warm_up(setting: Setting, methods: list[str]) -> None:
@@ -192,22 +203,19 @@ def _into(out: dict[str, Tensor], method: str, base: dict[str, Tensor], experts:
     merger = METHODS[method]
     params = check_params(method, merger, {})
     for name, tensor in base.items():
-        info, flat = TensorInfo(name, shape=tuple(tensor.shape)), out[name].view(-1)
+        info = TensorInfo(name, shape=tuple(tensor.shape))
         thetas = [expert[name] for expert in experts]
-        for start, piece in merge_chunks(merger, tensor, thetas, weights=WEIGHTS, info=info, params=params):
-            flat[start : start + piece.numel()].copy_(piece)
+        merge_into(out[name], merger, tensor, thetas, weights=WEIGHTS, info=info, params=params)
 
 
 def matrices(setting: Setting) -> Rows:
-    """Methods on single matrices, a shape of the model each, beside fusion-bench's functions on the same tensors."""
-    shapes = sorted(
-        {shape for name, shape in SIZES[setting.size].tensors().items() if len(shape) == 2 and "layers" in name}
-    )
+    """Methods on single matrices beside fusion-bench's functions on the same tensors."""
+    shapes = [(32, 32), (64, 32)] if setting.size == "tiny" else BASE_SHAPES
     generator = torch.Generator().manual_seed(0)
     families: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for rows, columns in shapes:
         base = torch.randn(rows, columns, generator=generator) * 0.05
-        taus = [torch.randn(rows, columns, generator=generator) * 0.002 for _ in range(EXPERTS)]
+        taus = [torch.randn(rows, columns, generator=generator) * 0.002 for _ in range(MATRIX_EXPERTS)]
         families[f"{rows} x {columns}"] = base, [base + tau for tau in taus]
     file = setting.folder / "tensors.safetensors"
     save_file(
@@ -224,20 +232,22 @@ def matrices(setting: Setting) -> Rows:
             for key, (base, experts) in families.items():
                 info = TensorInfo("model.layers.0.mlp.w", "mlp", 0, 1, tuple(base.shape))
                 with timed.time(f"{name} {key}", "ours"):
-                    method.merge(base, experts, weights=[1.0] * EXPERTS, info=info, **params)
+                    method.merge(base, experts, weights=[1.0] * MATRIX_EXPERTS, info=info, **params)
             if number < 0 or setting.peers is None:
                 continue
             task = {"tensors": str(file), "method": name, "steps": params.get("steps", 0), "what": name}
             cost = setting.peers.run("fusion_bench_merge.py", task)
             for key, seconds in (cost or {"seconds": {}})["seconds"].items():
                 clock.add(f"{name} {key}", "fusion-bench", seconds)
+        if number >= 0:
+            setting.keep("matrices", clock.all())
     return clock.all()
 
 
 def many(setting: Setting) -> Rows:
-    """Checkpoints of many small tensors: planned and merged to disk."""
+    """Checkpoints of many small tensors: planned and merged to disk. (mergekit takes only an architecture's names.)"""
     clock = Clock()
-    for number in range(setting.rounds):
+    for _ in range(setting.rounds):
         for count in (2500, 5000, 10000, 20000):
             base, *experts = write_many(setting.cache, count, num_experts=2)
             for name in ("linear", "ties"):
@@ -246,13 +256,6 @@ def many(setting: Setting) -> Rows:
                 with _gone(Path(task["out"])):
                     cost = run_script(sys.executable, OURS, task, {})
                 clock.add(f"{name} {count}", "ours", cost["seconds"], anonymous=cost["anonymous"])
-            if number == 0 and count <= 2500 and setting.peers is not None:
-                out = setting.folder / "mergekit"
-                config = mergekit_config("linear", base, experts, WEIGHTS[:2], {})
-                with _gone(out):
-                    cost = setting.peers.run("mergekit_merge.py", {"config": config, "out": str(out), "what": "many"})
-                if cost is not None:
-                    clock.add(f"linear {count}", "mergekit", cost["seconds"])
     return clock.all()
 
 

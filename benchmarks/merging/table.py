@@ -10,6 +10,7 @@ Rows = list[dict[str, Any]]
 EXPERTS = 3
 RANDOM = ("dare_ties", "della")
 NO_BASE = ("linear", "slerp")
+METHODS = ("linear", "task_arithmetic", "slerp", "ties", "dare_ties", "della", "breadcrumbs", "sce")  # as shown
 
 
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
@@ -23,8 +24,9 @@ class _Part:
     """The rows of one part and size: seconds of each round by (what, quantity)."""
 
     def __init__(self, rows: Rows, size: str, part: str):
+        self.name = part.rsplit(maxsplit=1)[-1]  # of the method, where it is one method's
         mine = [row for row in rows if (row["size"], row["part"]) == (size, part)]
-        self.about = next((row["about"] for row in mine if "about" in row), None)
+        self.about: dict[str, Any] = next(row["about"] for row in mine if "about" in row)
         self.rows = {(row["what"], row["quantity"]): row for row in mine if "what" in row}
 
     def whats(self, quantity: str) -> list[str]:
@@ -56,9 +58,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _merge(part: _Part) -> str:
+def _merge(parts: Sequence[_Part]) -> str:
     files, candidates = [], []
-    for name in part.whats("stream"):
+    for part in sorted(parts, key=lambda part: METHODS.index(part.name) if part.name in METHODS else len(METHODS)):
+        name = part.name
         read = EXPERTS if name not in NO_BASE else 2 if name == "slerp" else EXPERTS
         read += name not in NO_BASE
         experts = 2 if name == "slerp" else EXPERTS
@@ -115,7 +118,8 @@ def _merge(part: _Part) -> str:
     )
 
 
-def _copy(part: _Part) -> str:
+def _copy(parts: Sequence[_Part]) -> str:
+    (part,) = parts
     rows = []
     for what in part.whats("merge"):
         method, dtype = what.split()
@@ -137,7 +141,8 @@ def _copy(part: _Part) -> str:
     return "State dicts in memory, beside copying as many bytes:\n\n" + _table(head, rows)
 
 
-def _matrices(part: _Part) -> str:
+def _matrices(parts: Sequence[_Part]) -> str:
+    (part,) = parts
     rows = [
         [
             what.split()[0],
@@ -149,10 +154,11 @@ def _matrices(part: _Part) -> str:
         for what in part.whats("ours")
     ]
     head = ["method", "matrix", "ours, s", "fusion-bench, s", "fusion-bench / ours"]
-    return "Single matrices, three experts in float32 (wudi: 30 steps in both):\n\n" + _table(head, rows)
+    return "Single matrices, four experts in float32 (wudi: 30 steps in both):\n\n" + _table(head, rows)
 
 
-def _many(part: _Part) -> str:
+def _many(parts: Sequence[_Part]) -> str:
+    (part,) = parts
     rows = []
     for what in part.whats("ours"):
         name, count = what.split()
@@ -164,16 +170,16 @@ def _many(part: _Part) -> str:
                 part.shown(what, "ours"),
                 f"{seconds / int(count) * 1e6:.0f}",
                 f"{part.rows[what, 'ours']['anonymous'] / 1e6:.0f}",
-                part.shown(what, "mergekit"),
             ]
         )
-    head = ["method", "tensors", "ours, s", "microseconds a tensor", "most memory, MB", "mergekit, s"]
+    head = ["method", "tensors", "ours, s", "microseconds a tensor", "most memory, MB"]
     return "Many small tensors (64 entries, two experts), from folders to a written checkpoint:\n\n" + _table(
         head, rows
     )
 
 
-def _memory(part: _Part) -> str:
+def _memory(parts: Sequence[_Part]) -> str:
+    (part,) = parts
     layers = sorted({row["layers"] for row in part.rows.values()})
     names = list(dict.fromkeys(what.split()[0] for what in part.whats("memory")))
     rows = []
@@ -184,7 +190,7 @@ def _memory(part: _Part) -> str:
     return "The most memory of a merge to disk, the whole process, by the number of layers:\n\n" + _table(head, rows)
 
 
-SHOWN: dict[str, Callable[[_Part], str]] = {
+SHOWN: dict[str, Callable[[Sequence[_Part]], str]] = {
     "merge": _merge,
     "copy": _copy,
     "matrices": _matrices,
@@ -202,18 +208,22 @@ def tables(rows: Rows) -> str:
     for size in dict.fromkeys(row["size"] for row in rows):
         text.append(f"## {size}")
         for name, show in SHOWN.items():
-            part = _Part(rows, size, name)
-            if part.about is None or not part.rows:
+            known = dict.fromkeys(row["part"] for row in rows if row["size"] == size and row["part"].split()[0] == name)
+            parts = [_Part(rows, size, part) for part in known]
+            if not parts:
                 continue
-            text.append(show(part))
-            text.append(_about(part.about))
+            text.append(show(parts))
+            text += ["\n".join(f"- {part.name}: {_about(part.about)}" for part in parts)]
     return "\n\n".join(text) + "\n"
 
 
 def _about(about: dict[str, Any]) -> str:
+    rounds = "one round"
+    if about["rounds"] > 1:
+        rounds = f"medians of {about['rounds']} rounds (in brackets the smallest and largest of the rounds' own ratios)"
     words = (
-        f"Medians of {about['rounds']} rounds (in brackets the smallest and largest of the rounds' own ratios), CPU "
-        f"seconds, threads: {about['threads']}, load {about['load']} on {about['cores']} cores, "
+        f"{about['date']}, {rounds}, CPU seconds, threads: {about['threads']}, load of the machine at the end "
+        f"{about['load']} on {about['cores']} cores, "
         f"Python {about['python']}, torch {about['torch']}."
     )
     words += f" {about['note']}" if "note" in about else ""

@@ -15,7 +15,7 @@ from evomerge.errors import CheckpointError
 from evomerge.methods.base import Method, TensorInfo, check_experts, check_params, check_weights
 from evomerge.methods.basic import Linear, Passthrough, TaskArithmetic
 from evomerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
-from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.chunks import merge_into
 from evomerge.methods.consensus import Consensus
 from evomerge.methods.control import RandomVectors
 from evomerge.methods.dare import DareLinear, DareTies
@@ -135,11 +135,8 @@ def merge_state_dicts(
             continue
         out = merged[name] = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
         info, theta_0, thetas = sources.load(name)
-        flat = out.view(-1)
-        for start, piece in merge_chunks(
-            merger, theta_0, thetas, weights=chosen, info=info, state=state, seed=seed, params=values
-        ):
-            flat[start : start + piece.numel()].copy_(piece)
+        call = {"weights": chosen, "info": info, "state": state, "seed": seed, "params": values}
+        merge_into(out, merger, theta_0, thetas, **call)
     return merged
 
 

@@ -49,8 +49,13 @@ def add_to_base(base: Tensor, tau: Tensor | None, dtype: torch.dtype, *, scale: 
     return (tau if scale == 1 else tau.mul_(scale)).add_(base)
 
 
-def sum_experts(experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """sum w_t theta_t in fresh memory, each of the T >= 1 experts with its weight, in their order."""
+def sum_experts(
+    experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """sum w_t theta_t, each of the T >= 1 experts with its weight, in their order.
+
+    In ``out`` (contiguous, in ``dtype``) if it is given and the compiled loop runs, else in fresh memory.
+    """
     kernels = fused.kernels()
     if kernels is None or not fused.on_cpu(*experts):
         total = experts[0].to(dtype, copy=True).mul_(weights[0])
@@ -58,24 +63,29 @@ def sum_experts(experts: Sequence[Tensor], weights: Sequence[float], dtype: torc
             total.add_(expert, alpha=weight)
         return total
     alike = fused.alike(experts, dtype)
-    total = torch.empty(experts[0].shape, dtype=dtype)
-    out = fused.array(total)
-    kernels.sum_experts(fused.addresses(alike), fused.array(alike[0]), fused.scalars(weights, out), out)
+    total = torch.empty(experts[0].shape, dtype=dtype) if out is None else out
+    sums = fused.array(total)
+    kernels.sum_experts(fused.addresses(alike), fused.array(alike[0]), fused.scalars(weights, sums), sums)
     return total
 
 
-def sum_task_vectors(base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """theta_0 + sum w_t tau_t in fresh memory; experts that *are* the base and those of weight zero leave no trace."""
+def sum_task_vectors(
+    base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """theta_0 + sum w_t tau_t, in ``out`` as above.
+
+    Experts that *are* the base and those of weight zero leave no trace.
+    """
     kernels = fused.kernels()
     chosen = [t for t, expert in enumerate(experts) if expert is not base and weights[t] != 0]
     if kernels is None or not chosen or not fused.on_cpu(base, *experts):
         vectors = task_vectors(base, experts, weights, dtype)
         return add_to_base(base, weighted_sum((weight, vector) for _, weight, vector in vectors), dtype)
     theta_0, *alike = fused.alike([base, *(experts[t] for t in chosen)], dtype)
-    merged = torch.empty(base.shape, dtype=dtype)
-    out = fused.array(merged)
-    numbers = fused.scalars([weights[t] for t in chosen], out)
-    kernels.sum_task_vectors(fused.array(theta_0), fused.addresses(alike), numbers, out)
+    merged = torch.empty(base.shape, dtype=dtype) if out is None else out
+    sums = fused.array(merged)
+    numbers = fused.scalars([weights[t] for t in chosen], sums)
+    kernels.sum_task_vectors(fused.array(theta_0), fused.addresses(alike), numbers, sums)
     return merged
 
 

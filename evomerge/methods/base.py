@@ -75,6 +75,7 @@ class Method(ABC):
         chunked: ``merge`` may be called on flat slices of a tensor (with ``info.start`` set), where ``chunked_with``
             agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
         widens: casts what it reads itself, a slice at a time, so that slices may come in their storage dtype, uncopied.
+        fills: ``combine`` takes ``out=``, memory in the shape and dtype of its result, and may return that, filled.
         draws: what ``prepare`` keeps depends on the seed. It is then called with ``seed=`` where many candidates that
             share one will be merged, and without for a single merge.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
@@ -93,6 +94,7 @@ class Method(ABC):
     needs_factors: bool = False
     chunked: bool = True
     widens: bool = False
+    fills: bool = False
     draws: bool = False
     keeps_base: bool = True
     statistics: str | None = None
@@ -184,9 +186,13 @@ class Method(ABC):
         info: TensorInfo,
         state: State | None = None,
         seed: int = 0,
+        out: Tensor | None = None,
         **params: Any,
     ) -> Tensor:
         """The merged tensor (or slice) in the arithmetic dtype. Rounding to export_dtype is the caller's.
+
+        ``out`` (contiguous, of the inputs' shape, in the arithmetic dtype, no part of the inputs' memory) is where a
+        method that ``fills`` may put it; what is returned is the merged tensor in any case.
 
         Experts are tensors, or LowRank too for a method that takes ``factors``. One that *is* the ``base`` object has
         no task vector here.
@@ -210,7 +216,10 @@ class Method(ABC):
         tensors = [t for e in (base, *experts) for t in ((e.B, e.A) if isinstance(e, LowRank) else (e,))]
         dtype = arithmetic_dtype(base, *(e for e in experts if isinstance(e, Tensor)))
         versions = [_version(tensor) for tensor in tensors]
-        merged = self.combine(base, experts, weights=weights, dtype=dtype, info=info, state=state, seed=seed, **values)
+        call = {"dtype": dtype, "info": info, "state": state, "seed": seed, **values}
+        if self.fills and out is not None:
+            call["out"] = out
+        merged = self.combine(base, experts, weights=weights, **call)
         if [_version(tensor) for tensor in tensors] != versions:
             raise InputsChanged(
                 f"method {self.name} wrote into the base or an expert at {info.name}, so that they are spoiled now",

@@ -27,6 +27,7 @@ class Linear(Method):
     weight = Param(float, 1.0, "what multiplies this expert; any sign, 0 leaves the expert out")
     needs_base = False
     widens = True
+    fills = True
     keeps_base = False  # weights that do not sum to 1 scale the base too, if not normalised
 
     def is_linear(self, **params: Any) -> bool:
@@ -47,6 +48,7 @@ class Linear(Method):
         weights: Sequence[float],
         dtype: torch.dtype,
         normalize: bool,
+        out: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """Raises MethodError if ``normalize`` is asked for and the weights sum to zero."""
@@ -67,7 +69,7 @@ class Linear(Method):
         counted = [key for key in distinct if coefficients[key] != 0]
         if not counted:
             return experts[0].to(dtype, copy=True).zero_()
-        return sum_experts([distinct[key] for key in counted], [coefficients[key] for key in counted], dtype)
+        return sum_experts([distinct[key] for key in counted], [coefficients[key] for key in counted], dtype, out)
 
 
 @final
@@ -105,6 +107,7 @@ class TaskArithmetic(Method):
     weight = TASK_WEIGHT
     factors = True
     widens = True
+    fills = True
 
     def is_linear(self, **params: Any) -> bool:
         return True
@@ -120,10 +123,11 @@ class TaskArithmetic(Method):
         weights: Sequence[float],
         dtype: torch.dtype,
         scale: float,
+        out: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """A LowRank expert is its task vector itself: its B A is added without being made."""
         scaled = [(scale * weight, expert) for weight, expert in zip(weights, experts, strict=True)]
         dense = [(weight, expert) for weight, expert in scaled if isinstance(expert, Tensor)]
-        merged = sum_task_vectors(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype)
+        merged = sum_task_vectors(base, [expert for _, expert in dense], [weight for weight, _ in dense], dtype, out)
         return add_low_rank(merged, [(weight, expert) for weight, expert in scaled if isinstance(expert, LowRank)])

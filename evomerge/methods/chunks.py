@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evomerge.methods.base import LowRank, Method, State, TensorInfo
+from evomerge.methods.base import LowRank, Method, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.random import BLOCK
 
 CHUNK = 2 * BLOCK  # entries a piece: 512 KiB of float32, so that a few of them fit into a core's cache
@@ -24,6 +24,7 @@ def merge_chunks(
     state: State | None = None,
     seed: int = 0,
     params: Mapping[str, Any],
+    out: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (start, piece): the merged tensor as flat pieces in row-major order, in the arithmetic dtype.
 
@@ -37,6 +38,9 @@ def merge_chunks(
             has no task vector here.
         info: ``shape`` is the tensor's.
         params: all parameters of the method, as ``check_params`` returns them.
+        out: where the caller puts the pieces: flat, contiguous, of the merged tensor's size, and no part of the inputs'
+            memory. With a method that ``fills`` pieces are longer then, and where it has the arithmetic dtype they are
+            its own parts.
 
     Raises:
         MethodError: the call breaks a rule of the method.
@@ -51,7 +55,16 @@ def merge_chunks(
         return
     # By identity: an expert that is the base stays it.
     distinct = {id(tensor): tensor for tensor in ([*experts] if base is None else [base, *experts])}
-    for start, part in _row_parts(distinct) if _has_factors(experts) else _flat_parts(distinct):
+    by_rows = _has_factors(experts)
+    piece_size = CHUNK
+    if out is not None and (by_rows or not method.fills):
+        out = None
+    elif out is not None:
+        # In one pass without temporaries: Python's time for each piece is what counts.
+        dense = [tensor for tensor in distinct.values() if isinstance(tensor, Tensor)]
+        in_place = out.dtype == arithmetic_dtype(*dense)
+        out, piece_size = (out, 16 * CHUNK) if in_place else (None, 4 * CHUNK)
+    for start, part in _row_parts(distinct) if by_rows else _flat_parts(distinct, piece_size):
         piece = method.merge(
             None if base is None else part[id(base)],
             [part[id(expert)] for expert in experts],
@@ -59,20 +72,37 @@ def merge_chunks(
             info=replace(info, start=start),
             state=state,
             seed=seed,
+            out=None if out is None else out[start : start + piece_size],
             **params,
         )
         yield start, piece.reshape(-1)
+
+
+def merge_into(
+    out: Tensor, method: Method, base: Tensor | None, experts: Sequence[Tensor | LowRank], **call: Any
+) -> None:
+    """``out`` = the merged tensor, rounded to its dtype.
+
+    Args:
+        out: contiguous, of the tensor's shape, and no part of the inputs' memory.
+        call: as for ``merge_chunks``.
+    """
+    flat = out.view(-1)
+    for start, piece in merge_chunks(method, base, experts, out=flat, **call):
+        place = flat[start : start + piece.numel()]
+        if piece.data_ptr() != place.data_ptr():
+            place.copy_(piece)
 
 
 def _has_factors(experts: Sequence[Tensor | LowRank]) -> bool:
     return any(isinstance(expert, LowRank) for expert in experts)
 
 
-def _flat_parts(tensors: Mapping[int, Any]) -> Iterator[tuple[int, dict[int, Any]]]:
+def _flat_parts(tensors: Mapping[int, Any], size: int) -> Iterator[tuple[int, dict[int, Any]]]:
     """(start, parts): the same slice of every tensor."""
     flat = {key: tensor.reshape(-1) for key, tensor in tensors.items()}
-    for start in range(0, max(tensor.numel() for tensor in flat.values()), CHUNK):
-        yield start, {key: tensor[start : start + CHUNK] for key, tensor in flat.items()}
+    for start in range(0, max(tensor.numel() for tensor in flat.values()), size):
+        yield start, {key: tensor[start : start + size] for key, tensor in flat.items()}
 
 
 def _row_parts(tensors: Mapping[int, Any]) -> Iterator[tuple[int, dict[int, Any]]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evomerge.errors import MethodError
 from evomerge.methods.base import LowRank, Method, TensorInfo, check_params
-from evomerge.methods.chunks import CHUNK, merge_chunks
+from evomerge.methods.chunks import CHUNK, merge_chunks, merge_into
 from evomerge.methods.random import BLOCK
 from evomerge.methods.statistics import example_statistics
 
@@ -198,14 +198,16 @@ class MethodContract:
             alone = params.get("scope") != "model" and self.method.statistics is None
             for state in [ready, None] if alone else [ready]:
                 at = 0
-                pieces = merge_chunks(
-                    self.method, base, experts, weights=weights, info=info, state=state, seed=4, params=params
-                )
-                for start, piece in pieces:
+                call: dict[str, Any] = {"weights": weights, "info": info, "state": state, "seed": 4, "params": params}
+                for start, piece in merge_chunks(self.method, base, experts, **call):
                     assert start == at
                     assert torch.equal(piece, whole[start : start + piece.numel()])
                     at += piece.numel()
                 assert at == whole.numel()
+            for dtype in (whole.dtype, torch.bfloat16) if self.method.fills else ():
+                out = torch.empty(shape, dtype=dtype)
+                merge_into(out, self.method, base, experts, **{**call, "state": ready})
+                assert torch.equal(out.reshape(-1), whole.to(dtype))
 
     # -- low-rank experts
 

@@ -24,19 +24,30 @@ def test_ratios_by_hand():
     assert median_ratio([2.0, 4.0], [2.0]) == (1.5, 1.0, 2.0)
 
 
-def row(what: str, quantity: str, *seconds: float, **facts: float) -> dict:
-    return {"size": "s", "part": "merge", "what": what, "quantity": quantity, "seconds": list(seconds), **facts}
+def row(part: str, what: str, quantity: str, *seconds: float) -> dict:
+    return {"size": "s", "part": part, "what": what, "quantity": quantity, "seconds": list(seconds)}
 
 
 def test_floors_by_hand():
     """ties reads four checkpoints and writes one; linear needs no base; dare_ties draws for three experts."""
-    about = {"rounds": 1, "threads": 1, "load": 0.1, "cores": 2, "python": "3", "torch": "2", "problems": {}}
-    rows: list[dict] = [{"size": "s", "part": "merge", "about": about}]
-    rows += [row("floor", "copy", 2.0), row("floor", "read", 1.0), row("floor", "write", 10.0)]
-    rows += [row("floor", "draws", 100.0)]
+    about = {
+        "date": "2026",
+        "rounds": 1,
+        "threads": 1,
+        "load": 0.1,
+        "cores": 2,
+        "python": "3",
+        "torch": "2",
+        "problems": {},
+    }
+    rows: list[dict] = []
     for name in ("linear", "ties", "dare_ties"):
-        rows += [row(name, "stream", 628.0), row(name, "first candidate", 3.0), row(name, "next candidate", 5.0)]
-    rows += [row("ties", "mergekit", 6280.0)]
+        part = f"merge {name}"
+        rows += [{"size": "s", "part": part, "about": about}]
+        rows += [row(part, "floor", "copy", 2.0), row(part, "floor", "read", 1.0), row(part, "floor", "write", 10.0)]
+        rows += [row(part, "floor", "draws", 100.0), row(part, name, "stream", 628.0)]
+        rows += [row(part, name, "first candidate", 3.0), row(part, name, "next candidate", 5.0)]
+    rows += [row("merge ties", "ties", "mergekit", 6280.0)]
     text = tables(rows)
     files, candidates = text.split("Candidates of a search")
     assert "| linear | 628 | - | - | - | 13 | 48.3 |" in files
@@ -84,4 +95,4 @@ def test_it_runs(tmp_path: Path):
         assert f"| {method} |" in out.read_text()
     rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert all(seconds > 0 for row in rows for seconds in row.get("seconds", []))
-    assert {row["part"] for row in rows} == {"merge", "copy", "matrices"}
+    assert {row["part"].split()[0] for row in rows} == {"merge", "copy", "matrices"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from evomerge.errors import MethodError
-from evomerge.methods import METHODS
-from evomerge.methods.base import TensorInfo
+from evomerge.methods import METHODS, fused
+from evomerge.methods.base import TensorInfo, check_params
+from evomerge.methods.chunks import CHUNK, merge_into
 
 from .families import Family, assert_close, families
 
@@ -109,3 +112,23 @@ def test_is_linear_only_without_normalization():
     assert not METHODS["linear"].is_linear()
     assert METHODS["linear"].is_linear(normalize=False)
     assert METHODS["task_arithmetic"].is_linear(scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("plain", [False, True], ids=["loops", "plain"])
+def test_written_in_place_are_the_numbers_of_the_whole(name: str, dtype: torch.dtype, plain: bool):
+    """Longer than the longest piece; what lies behind the tensor is not touched, and no input is."""
+    n = 16 * CHUNK + 100
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = (torch.randn(n, generator=generator) for _ in range(4))
+    before = [tensor.clone() for tensor in (base, *experts)]
+    info = TensorInfo("w", shape=(n,))
+    memory = torch.full((n + 64,), 7.0, dtype=dtype)
+    with fused.plain() if plain else nullcontext():
+        whole = METHODS[name].merge(base, experts, weights=[0.3, 0.4, 0.5], info=info)
+        params = check_params(name, METHODS[name], {})
+        merge_into(memory[:n], METHODS[name], base, experts, weights=[0.3, 0.4, 0.5], info=info, params=params)
+    assert torch.equal(memory[:n], whole.to(dtype))
+    assert (memory[n:] == 7).all()
+    assert all(torch.equal(one, other) for one, other in zip(before, (base, *experts), strict=True))
