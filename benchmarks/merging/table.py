@@ -203,7 +203,7 @@ def tables(rows: Rows) -> str:
     """All that was measured, a section a size."""
     text = [
         "# What merging costs",
-        "Written by `python benchmarks/merge_methods.py`, which says what is measured and how.",
+        "Measured by `python benchmarks/merge_methods.py`, which says what and how; each part says when.",
     ]
     for size in dict.fromkeys(row["size"] for row in rows):
         text.append(f"## {size}")
