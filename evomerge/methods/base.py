@@ -80,7 +80,7 @@ class Method(ABC):
             share one will be merged, and without for a single merge.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
         statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
-            gram or loss; None for a method that merges without any.
+            gram, gram_merged or loss; None for a method that merges without any.
     """
 
     name: str
