@@ -16,6 +16,7 @@ _PUBLIC = {
     "Item": "evomerge.evaluation",
     "Likelihoods": "evomerge.evaluation",
     "Outcome": "evomerge.evaluation",
+    "Predictions": "evomerge.evaluation",
     "Target": "evomerge.evaluation",
     "TaskSpec": "evomerge.evaluation",
     "CandidateError": "evomerge.errors",
@@ -25,6 +26,8 @@ _PUBLIC = {
     "HarnessEvaluator": "evomerge.harness_evaluator",
     "HarnessTask": "evomerge.harness_task",
     "harness_tasks": "evomerge.harness_task",
+    "LOSSES": "evomerge.losses",
+    "Loss": "evomerge.losses",
     "METHODS": "evomerge.methods",
     "merge_state_dicts": "evomerge.methods",
     "LowRank": "evomerge.methods.base",
@@ -45,6 +48,7 @@ _PUBLIC = {
 }
 
 __all__ = [  # a plain list, for tools that read it without running it; held equal to _PUBLIC by a test
+    "LOSSES",
     "METHODS",
     "CandidateError",
     "CommandEvaluator",
@@ -56,10 +60,12 @@ __all__ = [  # a plain list, for tools that read it without running it; held equ
     "HarnessTask",
     "Item",
     "Likelihoods",
+    "Loss",
     "LowRank",
     "Method",
     "Outcome",
     "Param",
+    "Predictions",
     "Question",
     "Questionnaire",
     "Recipe",

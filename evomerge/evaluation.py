@@ -42,6 +42,7 @@ __all__ = [
     "Item",
     "Likelihoods",
     "Outcome",
+    "Predictions",
     "Target",
     "TaskSpec",
     "assign_splits",
@@ -101,6 +102,30 @@ class Likelihoods:
     logs: Tensor
     right: int
     tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts on a batch of items of one task, as a differentiable function of its parameters.
+
+    A row is one prediction: an item's class, its choice among the answers, or the next token at one of its positions.
+    The rows of an item stand together, and items come in the order in which they were asked for.
+
+    Attributes:
+        logits: (rows, classes) natural logarithms of probabilities, up to a constant in each row. An item with fewer
+            classes than another of its batch has -inf in the columns that it lacks.
+        weights: (rows,) each row's share of its item; the shares of one item sum to 1.
+        right: (rows,) int64, the right class; None where labels were not asked for.
+        hidden: (positions, width) the last hidden states, those that the model's head makes the rows from; None where
+            not asked for.
+        hidden_weights: (positions,) each position's share of its item, as ``weights``; None without ``hidden``.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    right: Tensor | None = None
+    hidden: Tensor | None = None
+    hidden_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +198,61 @@ class Evaluator:
     def has_likelihoods(self) -> bool:
         """True if ``likelihoods`` is written, so that statistics of experts can be collected."""
         return type(self).likelihoods is not Evaluator.likelihoods
+
+    def predictions(
+        self,
+        target: Target,
+        item_ids: Sequence[str],
+        *,
+        over: str = "answers",
+        labels: bool = False,
+        hidden: bool = False,
+    ) -> Predictions:
+        """What the model predicts on some items of one task, run as one batch: what a search by gradient learns from.
+        Optional.
+
+        All rows' graphs are alive together, so that memory grows with the batch. Padding is masked: an item's rows are
+        those that it has alone, up to rounding.
+
+        Args:
+            item_ids: of one task, each at most once, in the order in which their rows are wanted.
+            over: "answers", the item's classes or possible answers; or "tokens", the next token over the vocabulary at
+                the positions that predict the right answer. Without labels these are unknown: then it is the position
+                where the answer begins, and all positions of an item that is nothing but a text.
+            labels: say what is right. If False no label is read, and items without any will do.
+            hidden: give the last hidden states too.
+
+        Raises:
+            NotImplementedError: ``predicts`` does not name what is asked for.
+            EvaluatorError: labels are asked for, but an item has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no predictions")
+
+    def predicts(self, task: str) -> frozenset[str]:
+        """Which of "answers", "tokens", "labels" and "hidden" ``predictions`` serves for a task; empty: none at all."""
+        return frozenset()
+
+    def check_predictable(self, items: Sequence[Item], *asked: str) -> str:
+        """The task of ``items``, for ``predictions`` to begin with.
+
+        Raises:
+            NotImplementedError: ``predicts`` does not name all that is ``asked`` for.
+            ValueError: there is no item, or one comes twice, or they are of several tasks.
+        """
+        tasks = {item.task for item in items}
+        if len(tasks) != 1 or len({item.id for item in items}) != len(items):
+            raise ValueError(
+                f"predictions are of items of one task, each at most once, but were asked for on {len(items)} items of "
+                f"the tasks {sorted(tasks)}"
+            )
+        (task,) = tasks
+        lacking = [word for word in asked if word not in self.predicts(task)]
+        if lacking:
+            raise NotImplementedError(
+                f"{type(self).__name__} predicts {', '.join(sorted(self.predicts(task))) or 'nothing'} of task "
+                f"{task!r}, but was asked for {', '.join(lacking)}"
+            )
+        return task
 
     def aggregate(self, task: str, outcomes: Sequence[Outcome]) -> float:
         """The task's score: the weighted mean of its metric, higher is better."""
