@@ -278,8 +278,8 @@ def batch(items: Sequence[str], *, seed: int, task: str, turn: int, size: int) -
     batches of at most ``size`` items; their sizes differ by at most one.
     """
     epoch, place = divmod(turn, math.ceil(len(items) / size))
-    order = keyed_generator(seed, SHUFFLE, _key(task), epoch).permutation(len(items)).tolist()
-    return pieces([items[i] for i in order], size)[place]
+    order = keyed_generator(seed, SHUFFLE, _key(task), epoch).permutation(len(items))
+    return pieces([items[int(i)] for i in order], size)[place]
 
 
 def hold_out(items: Sequence[str], *, seed: int, task: str, share: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
