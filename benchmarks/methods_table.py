@@ -33,15 +33,17 @@ import torch
 import yaml
 
 from evomerge import __version__
+from evomerge.collected import verify_collected
 from evomerge.errors import Interrupted, UserError
 from evomerge.launch import Options, aggregate_of, open_or_create, run_study, sqlite_url
 from evomerge.leaderboard import Row, leaderboard, merge_in_short
 from evomerge.methods import METHODS, merge_state_dicts
-from evomerge.methods.base import Method, check_experts
+from evomerge.methods.base import Method, check_experts, check_params
 from evomerge.params import Param
 from evomerge.planning import build_plan
 from evomerge.pools import LocalPool
 from evomerge.progress import Progress
+from evomerge.recipe import Collected, Group
 from evomerge.spec import Spec
 from evomerge.store import Store
 from evomerge.study import NothingCompleted
@@ -53,6 +55,7 @@ BEGIN, END = "<!-- begin: benchmarks/methods_table.py -->", "<!-- end: benchmark
 SETTINGS = ("default", "search")
 CONTROLS_FROM = ("task_arithmetic", "default")  # the study that evaluates the controls for all others
 CONTROL_METHODS = ("random_vectors",)  # rows of METHODS that are controls already
+RECIPES_ONLY = ("gram_merged",)  # statistics that are those of one merge: their method is refused in spaces
 COLLECTED = 16  # search items a task, for methods that are weighted by data
 SWEEP = [0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -145,9 +148,10 @@ def experiment(family: Family, method: str, setting: str) -> dict[str, Any]:
         NotForThis: the method cannot be run on this family.
     """
     data = family.file
-    refuse(METHODS[method], [family.home / expert for expert in data["experts"].values()])
+    refuse(METHODS[method], setting, [family.home / expert for expert in data["experts"].values()])
+    searched = "task_arithmetic" if METHODS[method].statistics in RECIPES_ONLY else method
     data |= {
-        "space": space(METHODS[method], setting, len(data["experts"])),
+        "space": space(METHODS[searched], setting, len(data["experts"])),
         "search": {"method": "gp", "n_startup": 4, "window": 1, "budget": family.budget, "time": family.time},
         "workers": {"count": 1, "threads": 1},
     }
@@ -164,11 +168,11 @@ class NotForThis(Exception):
     """Why a method has no row here."""
 
 
-def refuse(method: Method, experts: Sequence[Path]) -> None:
-    """NotForThis if the method takes another number or kind of experts."""
+def refuse(method: Method, setting: str, experts: Sequence[Path]) -> None:
+    """NotForThis if the method takes another number or kind of experts, or cannot be searched."""
     if method.needs_factors and not all((expert / "adapter_config.json").is_file() for expert in experts):
         raise NotForThis("takes LoRA adapters only")
-    if method.statistics == "gram_merged":
+    if method.statistics in RECIPES_ONLY and setting == "search":
         raise NotForThis("is a merge by a recipe, not in a space")
     try:
         check_experts(method, True, len(experts))
@@ -251,6 +255,8 @@ def run(
             measure(family, kind, progress)
         if (method, setting) != CONTROLS_FROM:
             hand_over(family, method, setting, spec, options, progress)
+        if kind in RECIPES_ONLY:
+            put_candidate(family, method, spec, progress)
         store = run_study(spec, options, progress, make_pool=lambda: LocalPool(inline=True))
     except (UserError, NothingCompleted) as error:
         problem = str(getattr(error, "problem", error)).partition("\n")[0]
@@ -298,6 +304,28 @@ def hand_over(family: Family, method: str, setting: str, spec: Spec, options: Op
                 if given.key not in there:
                     store.save_evaluation(given)
                     there.add(given.key)
+
+
+def put_candidate(family: Family, method: str, spec: Spec, progress: Progress) -> None:
+    """Make the merge at the method's defaults the study's only candidate, in the place of its space's initial point.
+
+    It is then evaluated, chosen and tested as any other.
+    """
+    store = Store.open(family.store, spec.name)
+    if store.trials():
+        return
+    plan = build_plan(spec, progress)
+    start = METHODS[method].weight.default
+    recipe = replace(
+        plan.template,
+        method=method,
+        params=check_params(method, METHODS[method], {}),
+        groups=(Group((start,) * len(spec.experts)),),
+    )
+    kinds = [str(METHODS[method].statistics)]
+    recipe = replace(recipe, statistics=verify_collected(Collected(str(spec.statistics_path)), kinds, recipe))
+    with store.lock():
+        store.add_trial(0, plan.space.initial(), recipe.to_dict(), recipe.hash)
 
 
 def settings_of(data: Mapping[str, Any]) -> str:
@@ -432,7 +460,7 @@ def table(rows: Sequence[Mapping[str, Any]], family: Family) -> str:
         "weight for all experts (where only proportions count, one for each, and `scale`) and the method's main "
         'parameters. "Against": the paired difference to the best control, '
         f"{' or '.join(a.replace('_', ' ') for a in against)}, which was chosen on {family.split['select']} other "
-        f"items a task. `fisher`, `regmean` and `lm_cocktail` have seen {COLLECTED} search items a task.",
+        f"items a task. `fisher`, `regmean`, `regmean_pp` and `lm_cocktail` have seen {COLLECTED} search items a task.",
         "",
         "| method | at its defaults | against | after a search | against | p | found |",
         "|---|--:|--:|--:|--:|--:|---|",

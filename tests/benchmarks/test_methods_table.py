@@ -124,6 +124,28 @@ def test_rows_are_the_studies_and_it_goes_on_where_it_was_killed(tiny, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_method_that_no_space_takes_is_its_studys_only_candidate(experiment: Callable[..., Path], tmp_path: Path):
+    tasks = {f"expert{t}": {"file": f"expert{t}.txt"} for t in range(2)}
+    file = experiment(evaluate={"with": "evaluators/perplexity.py", "tasks": tasks, "split": {"search": 6}})
+    for t, name in enumerate(tasks):
+        lines = ["a" * (i % 5 + 1) + "bcde"[t + i % 3] * (i % 7 + 2) + str(i) for i in range(30)]
+        (file.parent / f"{name}.txt").write_text("\n\n".join(lines))
+    texts = table.Family("tiny", "Tiny", 4, {"search": 6, "select": 4, "test": 8}, "1h", folder=file.parent)
+    results = tmp_path / "rows.jsonl"
+    assert table.main(["--results", str(results), "--methods", "regmean_pp"], [texts]) == 0
+    rows = {row["setting"]: row for row in without_times(results) if row["method"] == "regmean_pp"}
+    assert "failed" not in rows["default"], rows["default"]["failed"]
+    assert rows["default"]["merge"].startswith("regmean_pp(")
+    assert rows["default"]["trials"] == 1
+    assert rows["search"]["skipped"] == "is a merge by a recipe, not in a space"
+    tested = Store.open(texts.store, table.experiment(texts, "regmean_pp", "default")["name"]).evaluation(
+        "trial:0/test"
+    )
+    assert tested.recipe["method"] == "regmean_pp"
+    assert list(tested.recipe["statistics"]["sha256"]) == ["gram_merged"]
+
+
+@pytest.mark.slow
 def test_studies_of_other_inputs_are_not_mixed(tiny):
     progress, options = Progress(quiet=True), Options(storage=tiny.store)
     table.run(tiny, "task_arithmetic", "default", progress)
