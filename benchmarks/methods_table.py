@@ -12,7 +12,8 @@ few that start from there. The methods are those of METHODS, so that a new one h
 of a family share items, seed, searcher and budget. The controls are evaluated by the first and handed to the others.
 
 One line of JSON a family, method and setting goes to benchmarks/methods_table.jsonl when it is done. What is there, and
-was made with the same settings, is not run again, so it may be stopped anywhere; delete lines to measure anew.
+was made with the same settings, is not run again, so it may be stopped anywhere; delete lines to measure anew. Where
+the studies are gone (a fresh clone has the results only) the controls are evaluated again, for the missing rows.
 """
 
 from __future__ import annotations
@@ -254,6 +255,8 @@ def run(
         if kind is not None:
             measure(family, kind, progress)
         if (method, setting) != CONTROLS_FROM:
+            if not has_study(family, *CONTROLS_FROM):  # the results are there, but from another checkout
+                run(family, *CONTROLS_FROM, progress, allow_drift=allow_drift)
             hand_over(family, method, setting, spec, options, progress)
         if kind in RECIPES_ONLY:
             put_candidate(family, method, spec, progress)
@@ -262,6 +265,11 @@ def run(
         problem = str(getattr(error, "problem", error)).partition("\n")[0]
         return [head | {"failed": problem.replace(f"{family.home}{os.sep}", "")}]
     return rows_of(store, head, controls=(method, setting) == CONTROLS_FROM)
+
+
+def has_study(family: Family, method: str, setting: str) -> bool:
+    name = experiment(family, method, setting)["name"]
+    return any(summary["name"] == name for summary in Store.names(family.store))
 
 
 def measure(family: Family, kind: str, progress: Progress) -> None:
@@ -280,7 +288,8 @@ def hand_over(family: Family, method: str, setting: str, spec: Spec, options: Op
     plan = build_plan(spec, progress)
     store, _ = open_or_create(plan, family.store, options, progress, must_exist=False)
     there = {e.key for e in store.evaluations()}
-    givers = [CONTROLS_FROM, (method, "default")] if setting == "search" else [CONTROLS_FROM]
+    own = (method, "default")
+    givers = [CONTROLS_FROM, own] if setting == "search" and has_study(family, *own) else [CONTROLS_FROM]
     with store.lock():
         for giver in givers:
             other = Store.open(family.store, experiment(family, *giver)["name"])

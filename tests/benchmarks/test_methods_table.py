@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -118,6 +119,12 @@ def test_rows_are_the_studies_and_it_goes_on_where_it_was_killed(tiny, tmp_path:
     broken.write_text(whole.read_text()[:-30])
     assert run(tiny, broken, "ties", "slerp", "passthrough") == 0
     assert sorted(map(str, without_times(broken))) == sorted(map(str, without_times(whole)))
+
+    # A fresh clone has the results and no studies: the controls are evaluated again, and nothing else.
+    shutil.rmtree(tiny.cache)
+    assert run(tiny, broken, "ties", "magmax") == 0
+    assert {summary["name"].split(".")[1] for summary in Store.names(tiny.store)} == {"task_arithmetic", "magmax"}
+    assert table.Results(broken).find("tiny", "magmax", "default")["test"]
     text = table.page(table.Results(broken).rows, [tiny])
     assert "| `ties` | " in text
     assert "`passthrough` takes exactly 1 expert, but got 2" in text
