@@ -1,6 +1,7 @@
 """Singular value decompositions of task vectors: dense ones through a Gram matrix, low-rank ones through their factors.
 
-Float32 matrices are decomposed by the eigenvalues of the Gram matrix of their smaller side, made and solved in float64.
+Float32 matrices are decomposed by the eigenvalues of the Gram matrix of their smaller side, made and solved in float64
+(``symmetric``), and no more of the eigenvectors found than are asked for.
 That squares the singular values, but what float64 loses by it lies below what a float32 matrix determines: a singular
 value at the float32 rounding level (1e-6 of the largest) still has four digits. Float64 matrices go to LAPACK's
 decomposition.
@@ -22,10 +23,7 @@ from torch import Tensor
 
 from evomerge.errors import MethodError
 from evomerge.methods.base import LowRank
-
-LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
-
-BLOCK = 2**19  # about so many entries of a matrix are in float64 at one time, in whole rows
+from evomerge.methods.symmetric import LinAlgError, eigh, gram, rows_of_block
 
 
 class SVD(NamedTuple):
@@ -112,7 +110,7 @@ def recombine(parts: list[SVD], dtype: torch.dtype, *, flat: float | None = None
 def norm(matrix: Tensor | LowRank) -> float:
     """The Frobenius norm, summed in float64."""
     rows = row_factor(matrix) if isinstance(matrix, LowRank) else matrix
-    blocks = rows.split(_rows(rows))  # because the whole would be copied in float64
+    blocks = rows.split(rows_of_block(rows))  # because the whole would be copied in float64
     return math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in blocks))
 
 
@@ -123,7 +121,7 @@ def row_factor(matrix: LowRank) -> Tensor:
 
 def times(matrix: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``matrix`` @ ``right`` (float64), computed in float64 by blocks of rows and rounded to ``dtype``."""
-    out, step = torch.empty(matrix.shape[0], right.shape[1], dtype=dtype, device=matrix.device), _rows(matrix)
+    out, step = torch.empty(matrix.shape[0], right.shape[1], dtype=dtype, device=matrix.device), rows_of_block(matrix)
     for start in range(0, matrix.shape[0], step):
         out[start : start + step] = matrix[start : start + step].to(torch.float64) @ right
     return out
@@ -139,25 +137,11 @@ def _decomposed(
             U, S, rows = torch.linalg.svd(tall, full_matrices=False)
             V = rows.T
         else:
-            squares, Q = torch.linalg.eigh(_gram(tall))
-            S, V = squares.flip(0).clamp(min=0).sqrt(), Q.flip(1)
+            squares, V = eigh(gram(tall), top)
+            S = squares.clamp(min=0).sqrt()
     rank = _rank(S, dtype, tall.shape, reference)
     rank = rank if top is None else min(rank, top)
     return None if U is None else U[:, :rank], S[:rank], V[:, :rank].contiguous()
-
-
-def _gram(tall: Tensor) -> Tensor:
-    """matrix' matrix in float64."""
-    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.split(_rows(tall)):
-        wide = rows.to(torch.float64)
-        total.addmm_(wide.T, wide)
-    return total
-
-
-def _rows(matrix: Tensor) -> int:
-    """How many rows make a block."""
-    return max(64, BLOCK // max(1, matrix.shape[1]))
 
 
 def _svd_of_factors(matrix: LowRank, dtype: torch.dtype, reference: float | None) -> SVD:
@@ -179,7 +163,7 @@ def _inverse_root(columns: Tensor) -> Tensor:
         _, S, rows = torch.linalg.svd(columns, full_matrices=False)
         Q = rows.T
     else:
-        squares, Q = torch.linalg.eigh(_gram(columns))
+        squares, Q = eigh(gram(columns))
         S = squares.clamp(min=0).sqrt()
     keep = alike * S.max() < S
     return (Q[:, keep] / S[keep]) @ Q[:, keep].T
