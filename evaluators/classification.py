@@ -19,6 +19,8 @@ default for texts), ``first`` (the class token; the default for images), or ``po
 Every item has ``acc``, ``loglikelihood`` (of the right class), ``margin`` (its logit less the best wrong one's) and
 ``neg_entropy`` (of the prediction, in nats; 0 is certain). As a task's ``metric``, ``macro_f1`` and ``mcc``
 (Matthews correlation) are computed over all its items. ``limit`` keeps the first so many items.
+
+A search by gradient learns from ``answers``, the head's logits. ``hidden`` are pooled features, before ``normalize``.
 """
 
 from __future__ import annotations
@@ -35,7 +37,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge import Evaluator, EvaluatorContext, EvaluatorError, Item, Likelihoods, Outcome, Target, TaskSpec
+from evomerge import (
+    Evaluator,
+    EvaluatorContext,
+    EvaluatorError,
+    Item,
+    Likelihoods,
+    Outcome,
+    Predictions,
+    Target,
+    TaskSpec,
+)
 
 METRICS = ("acc", "loglikelihood", "margin", "neg_entropy")
 AGGREGATED = ("macro_f1", "mcc")
@@ -234,26 +246,53 @@ class Classification(Evaluator):
             logits = self._logits(target, item.task, self._inputs(target, [item]))[0]
             yield Likelihoods(logits.log_softmax(-1), item.data["label"])
 
+    def predicts(self, task: str) -> frozenset[str]:
+        return frozenset(("answers", "labels", "hidden"))
+
+    def predictions(
+        self,
+        target: Target,
+        item_ids: Sequence[str],
+        *,
+        over: str = "answers",
+        labels: bool = False,
+        hidden: bool = False,
+    ) -> Predictions:
+        """Each item's class by the frozen head; ``hidden`` are the features that are pooled for it."""
+        items = [self._items[item_id] for item_id in item_ids]
+        task = self.check_predictable(items, over, labels=labels, hidden=hidden)
+        features = self._features(target, task, self._inputs(target, items))
+        logits = self._classify(task, features)
+        ones = torch.ones(len(items), dtype=logits.dtype, device=logits.device)
+        right = torch.tensor([item.data["label"] for item in items], device=logits.device) if labels else None
+        return Predictions(logits, ones, right, features if hidden else None, ones if hidden else None)
+
     def _logits(self, target: Target, task: str, inputs: dict[str, Tensor]) -> Tensor:
         """(items, classes)"""
+        return self._classify(task, self._features(target, task, inputs))
+
+    def _features(self, target: Target, task: str, inputs: dict[str, Tensor]) -> Tensor:
+        """(items, features), pooled, in float32 or wider"""
         options = self.context.tasks[task].options
         output = target.model(**inputs)
         pooling = options.get("pooling") or ("mean" if "input_ids" in inputs else "first")
-        hidden = output.last_hidden_state.float()
+        hidden = _wide(output.last_hidden_state)
         if pooling == "pooler":
             pooled = getattr(output, "pooler_output", None)
             if pooled is None:
                 raise EvaluatorError("the model has no pooled output", where=f"evaluate.tasks.{task}.pooling")
-            features = pooled.float()
-        elif pooling == "first":
-            features = hidden[:, 0]
-        else:
-            mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
-            features = (hidden * mask).sum(1) / mask.sum(1)
-        if options.get("normalize", False):
+            return _wide(pooled)
+        if pooling == "first":
+            return hidden[:, 0]
+        mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device)).unsqueeze(-1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def _classify(self, task: str, features: Tensor) -> Tensor:
+        """(items, classes) from pooled features (items, features)"""
+        if self.context.tasks[task].options.get("normalize", False):
             features = torch.nn.functional.normalize(features, dim=-1)
         weight, bias = self._heads[task]
-        return torch.nn.functional.linear(features, weight, bias)
+        return torch.nn.functional.linear(features, weight.to(features), None if bias is None else bias.to(features))
 
     # --- scores ----------------------------------------------------------------------------------------------------
 
@@ -296,6 +335,10 @@ def matthews(pairs: np.ndarray) -> float:
     right = float((pairs[:, 0] == pairs[:, 1]).sum())
     spread = (n**2 - predicted @ predicted) * (n**2 - labelled @ labelled)
     return float((right * n - labelled @ predicted) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _item(task: str, text: str, data: dict[str, Any]) -> Item:

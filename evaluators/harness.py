@@ -23,6 +23,10 @@ perplexities there are the log-likelihoods they are made of, which order models 
 Multiple-choice items also have ``loglikelihood`` (of the right choice) and ``margin`` (that less the best wrong
 choice's: above 0 where it is right, near 0 at a tie), both finer than accuracy.
 
+A search by gradient learns from ``answers`` of multiple-choice tasks: the choices' log-likelihoods. All tasks have
+``tokens``: the next token at the positions that predict the right choice, the target or the text. Without labels it is
+the first token after the prompt, where the model begins its answer; for a text (rolling likelihood) nothing changes.
+
 A task's options: ``task`` (lm-eval's name or a YAML file, if not the experiment's name for it), ``num_fewshot``,
 ``limit`` (the first so many documents of each data split), ``metric``, ``weight``, ``data_splits`` (of test,
 validation, train), ``apply_chat_template``, ``system_instruction``, ``fewshot_as_multiturn``, ``generation_kwargs``,
@@ -43,9 +47,13 @@ from evomerge import (
     Item,
     Likelihoods,
     Outcome,
+    Predictions,
     Questionnaire,
     Target,
     answer_loglikelihood,
+    answer_predictions,
+    prompt_predictions,
+    token_predictions,
 )
 
 
@@ -101,3 +109,37 @@ class Harness(HarnessEvaluator):
                 pairs, right = [pairs[right]], 0
             answers = [answer_loglikelihood(target.model, target.tokenizer, *pair) for pair in pairs]
             yield Likelihoods(torch.stack([log for log, _ in answers]), right, answers[right][1])
+
+    def predicts(self, task: str) -> frozenset[str]:
+        answers = ["answers"] if self.tasks[task].kind == "multiple_choice" else []
+        return frozenset([*answers, "tokens", "labels", "hidden"])
+
+    def predictions(
+        self,
+        target: Target,
+        item_ids: Sequence[str],
+        *,
+        over: str = "answers",
+        labels: bool = False,
+        hidden: bool = False,
+    ) -> Predictions:
+        """The choices' likelihoods, or next tokens; see the top of this file."""
+        items = [self._items[item_id] for item_id in item_ids]
+        task = self.tasks[self.check_predictable(items, over, labels=labels, hidden=hidden)]
+        instances = [self._instances[item_id] for item_id in item_ids]
+        model, tokenizer = target.model, target.tokenizer
+        if over == "tokens" and task.kind == "loglikelihood_rolling":
+            texts = [(None, requests[0].args[0]) for requests in instances]
+            return token_predictions(model, tokenizer, texts, labels=labels, hidden=hidden)
+        if over == "tokens" and not labels:
+            prompts = [task.prompts(requests) for requests in instances]
+            return prompt_predictions(model, tokenizer, prompts, spare=task.generation[0], hidden=hidden)
+        if not labels:
+            choices = [task.choices(requests) for requests in instances]
+            return answer_predictions(model, tokenizer, choices, hidden=hidden)
+        answers = [task.answer_pairs(item, requests) for item, requests in zip(items, instances, strict=True)]
+        if over == "tokens":
+            texts = [pairs[right] for pairs, right in answers]
+            return token_predictions(model, tokenizer, texts, labels=True, hidden=hidden)
+        choices = [[(str(context), answer) for context, answer in pairs] for pairs, _ in answers]
+        return answer_predictions(model, tokenizer, choices, [right for _, right in answers], hidden=hidden)

@@ -18,6 +18,8 @@ Three more metrics (``metric: neg_perplexity``) are perplexities, below 0 so tha
 is the negative log-likelihood of all texts of the task together and n the number of their tokens (``neg_perplexity``),
 words (``neg_word_perplexity``) or bytes (``neg_byte_perplexity``). No mean over texts gives that number, so their
 intervals are bootstrapped over texts. They order models as N does, but a few hard texts move them more than bits.
+
+A search by gradient learns from ``tokens``: the next token at every position of a text, with labels or without.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ from evomerge import (
     Item,
     Likelihoods,
     Outcome,
+    Predictions,
     Questionnaire,
     Target,
     TaskSpec,
     answer_loglikelihood,
+    token_predictions,
 )
 
 METRIC = "neg_bits_per_byte"
@@ -102,6 +106,24 @@ class Perplexity(Evaluator):
             text = self._items[item_id].data["text"]
             log, tokens = answer_loglikelihood(target.model, target.tokenizer, None, text)
             yield Likelihoods(log[None], 0, tokens)
+
+    def predicts(self, task: str) -> frozenset[str]:
+        return frozenset(("tokens", "labels", "hidden"))
+
+    def predictions(
+        self,
+        target: Target,
+        item_ids: Sequence[str],
+        *,
+        over: str = "answers",
+        labels: bool = False,
+        hidden: bool = False,
+    ) -> Predictions:
+        """The next token at each position of each text, in the windows in which it is scored."""
+        items = [self._items[item_id] for item_id in item_ids]
+        self.check_predictable(items, over, labels=labels, hidden=hidden)
+        texts = [(None, item.data["text"]) for item in items]
+        return token_predictions(target.model, target.tokenizer, texts, labels=labels, hidden=hidden)
 
     def _outcome(self, item: Item, loglikelihood: float) -> Outcome:
         """What one text's log-likelihood in nats comes to, with what a perplexity of many texts is made of."""

@@ -34,6 +34,9 @@ _PUBLIC = {
     "Method": "evomerge.methods.base",
     "Param": "evomerge.methods.base",
     "TensorInfo": "evomerge.methods.base",
+    "answer_predictions": "evomerge.predicting",
+    "prompt_predictions": "evomerge.predicting",
+    "token_predictions": "evomerge.predicting",
     "Questionnaire": "evomerge.questions",
     "answer_loglikelihood": "evomerge.questions",
     "Question": "evomerge.scoring",
@@ -79,11 +82,14 @@ __all__ = [  # a plain list, for tools that read it without running it; held equ
     "UserError",
     "__version__",
     "answer_loglikelihood",
+    "answer_predictions",
     "generate",
     "harness_tasks",
     "keyed_generator",
     "loglikelihoods",
     "merge_state_dicts",
+    "prompt_predictions",
+    "token_predictions",
 ]
 
 

@@ -232,13 +232,15 @@ class Evaluator:
         """Which of "answers", "tokens", "labels" and "hidden" ``predictions`` serves for a task; empty: none at all."""
         return frozenset()
 
-    def check_predictable(self, items: Sequence[Item], *asked: str) -> str:
+    def check_predictable(self, items: Sequence[Item], over: str, *, labels: bool, hidden: bool) -> str:
         """The task of ``items``, for ``predictions`` to begin with.
 
         Raises:
-            NotImplementedError: ``predicts`` does not name all that is ``asked`` for.
-            ValueError: there is no item, or one comes twice, or they are of several tasks.
+            NotImplementedError: ``predicts`` does not name all that is asked for.
+            ValueError: there is no item, or one comes twice, or they are of several tasks; ``over`` is no such thing.
         """
+        if over not in ("answers", "tokens"):
+            raise ValueError(f"predictions are over 'answers' or 'tokens', not {over!r}")
         tasks = {item.task for item in items}
         if len(tasks) != 1 or len({item.id for item in items}) != len(items):
             raise ValueError(
@@ -246,6 +248,7 @@ class Evaluator:
                 f"the tasks {sorted(tasks)}"
             )
         (task,) = tasks
+        asked = [over, *(["labels"] if labels else []), *(["hidden"] if hidden else [])]
         lacking = [word for word in asked if word not in self.predicts(task)]
         if lacking:
             raise NotImplementedError(

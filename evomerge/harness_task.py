@@ -316,7 +316,7 @@ class HarnessTask:
             right = self._right(doc)
             if not right:
                 raise EvaluatorError(f"item {item.id} has no right choice, so that it has no loss", where=self.where)
-            return [instance.args[:2] for instance in instances[: len(self.lm.doc_to_choice(doc))]], right[0]
+            return [*self.choices(instances)], right[0]
         if self.kind == "loglikelihood_rolling":
             return [(None, instances[0].args[0])], 0
         if self.kind == "loglikelihood":
@@ -326,6 +326,18 @@ class HarnessTask:
         if not isinstance(answer, str) or not answer:
             raise EvaluatorError(f"item {item.id} has no target, so that it has no loss", where=self.where)
         return [(instances[0].args[0], f"{self.lm.config.target_delimiter}{answer}")], 0
+
+    def choices(self, instances: Sequence[Any]) -> list[tuple[str, str]]:
+        """(context, continuation) of each choice of a multiple-choice document. No label is read."""
+        return [instance.args[:2] for instance in instances[: len(self.lm.doc_to_choice(instances[0].doc))]]
+
+    def prompts(self, instances: Sequence[Any]) -> list[str]:
+        """What the model reads before it answers: one text, or those that are to be chosen from where the choices are
+        the contexts. No label is read. A space at the end is the answer's, except where the model itself writes on."""
+        if self.kind == "generate_until":
+            return [instances[0].args[0]]
+        pairs = self.choices(instances) if self.kind == "multiple_choice" else [instances[0].args[:2]]
+        return list(dict.fromkeys(context.rstrip() for context, _ in pairs))
 
     def _right(self, doc: Any) -> list[int]:
         """The right choices of a multiple-choice document."""

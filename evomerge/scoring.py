@@ -6,10 +6,12 @@ continuation on top of their key/value cache; a continuation of one token needs 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,21 @@ def _keeps_plain_cache(model: Any) -> bool:
         return False
     config = model.config.get_text_config()
     return set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What a model predicts at some positions of some sequences, differentiable.
+
+    Attributes:
+        logits: (positions, vocabulary) in float32 or wider.
+        hidden: (positions, width) what the head makes them from; None where not asked for.
+        of: for each request, which positions are its own, in order.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
+    of: tuple[Tensor, ...]
 
 
 def _left_pad(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
@@ -141,10 +158,66 @@ def loglikelihoods(model: Any, batch: Sequence[Question]) -> list[list[Scored]]:
 def loglikelihood(model: Any, context: Sequence[int], continuation: Sequence[int]) -> Tensor:
     """The natural-log likelihood of one continuation given its context (token ids), a scalar that can be
     differentiated: one row of its own, without padding and cache."""
-    ids = torch.tensor([[*context, *continuation[:-1]]], device=model.device)
-    logits = _logits(model, ids, torch.ones_like(ids), cache=None, keep=len(continuation))[0].float()
+    logits = positions(model, [((*context, *continuation[:-1]), len(continuation))]).logits
     targets = torch.tensor(continuation, device=logits.device)
     return logits.log_softmax(1).gather(1, targets[:, None]).sum()
+
+
+def positions(model: Any, requests: Sequence[tuple[tuple[int, ...], int]], *, hidden: bool = False) -> Positions:
+    """The next-token logits at the last positions of some sequences: one padded pass that can be differentiated.
+
+    A sequence with which another one begins, whose positions are among the other's, gets no row of its own: answers
+    of one token to one question cost one row. All graphs are alive together, so that memory grows with the batch.
+
+    Args:
+        requests: token ids of each sequence, not empty, and how many of its last positions are wanted, at least 1.
+    """
+    rows: list[int] = []  # the requests that get one
+    row_of: dict[int, int] = {}
+    for i in sorted(range(len(requests)), key=lambda i: -len(requests[i][0])):
+        tokens, keep = requests[i]
+        for row, host in enumerate(rows):
+            longer, kept = requests[host]
+            if longer[: len(tokens)] == tokens and len(longer) - kept <= len(tokens) - keep:
+                row_of[i] = row
+                break
+        else:
+            row_of[i] = len(rows)
+            rows.append(i)
+    ids, mask = _left_pad([requests[i][0] for i in rows], model.device)
+    kept = [requests[i][1] for i in rows]
+    keep = max(kept)
+    with _head_inputs(model) if hidden else contextlib.nullcontext([]) as inputs:
+        logits = _logits(model, ids, mask, cache=None, keep=keep)
+    wanted = [row * keep + column for row, count in enumerate(kept) for column in range(keep - count, keep)]
+    index = torch.tensor(wanted, device=logits.device)
+
+    def flat(tensor: Tensor) -> Tensor:  # (rows, keep, n) -> (positions, n)
+        tensor = tensor.flatten(0, 1)
+        return tensor if len(wanted) == len(tensor) else tensor[index.to(tensor.device)]
+
+    starts = [0, *itertools.accumulate(kept)]
+    of = []
+    for i, (tokens, count) in enumerate(requests):
+        row = row_of[i]
+        start = starts[row + 1] - (len(requests[rows[row]][0]) - len(tokens)) - count
+        of.append(torch.arange(start, start + count, device=logits.device))
+    logits = flat(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return Positions(logits, flat(inputs[0][:, -keep:]) if hidden else None, tuple(of))
+
+
+@contextlib.contextmanager
+def _head_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """A list that gets what the model's head is applied to, (rows, positions, width), a tensor a forward pass.
+
+    ``output_hidden_states`` would give it as well, but with every other layer's, none of which could be freed."""
+    inputs: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _head, given: inputs.append(given[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 def _score_whole(model: Any, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Scored]:

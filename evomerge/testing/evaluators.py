@@ -12,12 +12,13 @@ folder of its own.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from evomerge.evaluation import (
     EvaluatorContext,
     Item,
     Outcome,
+    Predictions,
     Target,
     TaskSpec,
     assign_splits,
@@ -80,6 +82,38 @@ def _outcomes(evaluator: Evaluator, target: Target, ids: list[str]) -> dict[str,
     return {outcome.item_id: outcome for outcome in outcomes}
 
 
+def _asked_for(case: EvaluatorCase, evaluator: Evaluator, items: list[Item]) -> list[tuple[list[str], dict[str, Any]]]:
+    """What ``predictions`` can be asked for: a few items of one task in an order of their own, and the arguments."""
+    asked = []
+    for task in evaluator.context.tasks:
+        serves = evaluator.predicts(task)
+        assert serves <= {"answers", "tokens", "labels", "hidden"}
+        ids = [item.id for item in items if item.task == task][:5]
+        random.Random(2).shuffle(ids)
+        for over in sorted(serves & {"answers", "tokens"}):
+            for labels in (False, True)[: 1 + ("labels" in serves)]:
+                asked.append((ids, {"over": over, "labels": labels, "hidden": "hidden" in serves}))
+    if not asked:
+        pytest.skip("it predicts nothing")
+    return asked
+
+
+def _in_float64(target: Target) -> Target:
+    return replace(target, model=copy.deepcopy(target.model).double())
+
+
+def _rows(predictions: Predictions) -> dict[str, torch.Tensor]:
+    """All tensors of some predictions, with the logits' constants taken out."""
+    tensors = {
+        "log-probabilities": predictions.logits.log_softmax(1),
+        "weights": predictions.weights,
+        "right": predictions.right,
+        "hidden": predictions.hidden,
+        "hidden_weights": predictions.hidden_weights,
+    }
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+
+
 class EvaluatorContract:
     """Inherit and name ``evaluator`` and ``tasks``, as an experiment would, or provide the fixture ``case``."""
 
@@ -87,6 +121,7 @@ class EvaluatorContract:
     tasks: ClassVar[Mapping[str, Mapping[str, Any]]]  # name -> its options, weight and metric
     options: ClassVar[Mapping[str, Any]] = {}
     split: ClassVar[Mapping[str, Any]] = {"search": 8, "select": 8, "test": 8}
+    label_keys: ClassVar[Sequence[str]] = ("label", "target", "answer")  # of items' data: what says what is right
 
     @pytest.fixture
     def case(self, tmp_path_factory: pytest.TempPathFactory) -> EvaluatorCase:
@@ -175,6 +210,108 @@ class EvaluatorContract:
             stated = outcomes[item_id].values.get("loglikelihood")
             if stated is not None:
                 assert math.isclose(float(item.logs[item.right].detach()), stated, rel_tol=1e-4, abs_tol=1e-3)
+
+    @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
+    def test_predictions_are_those_of_likelihoods(self, case: EvaluatorCase, wide: bool) -> None:
+        """Padding is rounding at most: item by item they are what the item has alone."""
+        evaluator, items = case.prepared()
+        target = _in_float64(case.target) if wide else case.target
+        tolerance = 1e-9 if wide else 1e-4
+        for ids, arguments in _asked_for(case, evaluator, items):
+            if not evaluator.has_likelihoods:
+                pytest.skip("it has no likelihoods")
+            with torch.no_grad():
+                found = evaluator.predictions(target, ids, **arguments)
+                alone = [evaluator.predictions(target, [i], **arguments) for i in ids]
+                likelihoods = list(evaluator.likelihoods(target, ids))
+            logs = found.logits.log_softmax(1).split([len(part.logits) for part in alone])
+            rights = None if found.right is None else found.right.split([len(part.logits) for part in alone])
+            for n, item in enumerate(likelihoods):
+                if arguments["over"] == "answers":
+                    expected = item.logs.log_softmax(0)
+                    torch.testing.assert_close(logs[n][0, : len(expected)], expected, rtol=tolerance, atol=tolerance)
+                    assert len(logs[n]) == 1 and (logs[n][0, len(expected) :] == -torch.inf).all()
+                    assert rights is None or rights[n].tolist() == [item.right]
+                elif rights is not None:
+                    total = logs[n].gather(1, rights[n][:, None]).sum()
+                    torch.testing.assert_close(
+                        total, item.logs[item.right], rtol=tolerance, atol=tolerance * item.tokens
+                    )
+                    assert len(logs[n]) == item.tokens
+
+    @pytest.mark.parametrize("wide", [True, False], ids=["float64", "float32"])
+    def test_a_batch_of_predictions_is_its_items_one_after_the_other(self, case: EvaluatorCase, wide: bool) -> None:
+        evaluator, items = case.prepared()
+        target = _in_float64(case.target) if wide else case.target
+        tolerance = 1e-9 if wide else 1e-4
+        for ids, arguments in _asked_for(case, evaluator, items):
+            with torch.no_grad():
+                found = _rows(evaluator.predictions(target, ids, **arguments))
+                alone = [_rows(evaluator.predictions(target, [i], **arguments)) for i in ids]
+            names = {"log-probabilities", "weights"} | ({"right"} if arguments["labels"] else set())
+            names |= {"hidden", "hidden_weights"} if arguments["hidden"] else set()
+            assert set(found) == names
+            classes = found["log-probabilities"].shape[1]
+            for part in alone:
+                assert part["log-probabilities"].isfinite().any(1).all() and part["log-probabilities"].shape[0] > 0
+                short = classes - part["log-probabilities"].shape[1]
+                part["log-probabilities"] = torch.nn.functional.pad(
+                    part["log-probabilities"], (0, short), value=-torch.inf
+                )
+                for kind in sorted(names & {"weights", "hidden_weights"}):
+                    assert math.isclose(float(part[kind].sum()), 1, rel_tol=1e-5) and (part[kind] >= 0).all()
+            assert len(found["weights"]) == len(found["log-probabilities"])
+            assert found["log-probabilities"].dtype in (torch.float32, torch.float64)
+            for name in names:
+                joined = torch.cat([part[name] for part in alone])
+                torch.testing.assert_close(found[name], joined, rtol=tolerance, atol=tolerance)
+            if arguments["hidden"]:
+                assert len(found["hidden"]) == len(found["hidden_weights"])
+
+    def test_predictions_have_finite_gradients(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        weight = next(p for p in case.target.model.parameters() if p.dim() == 2).requires_grad_(True)
+        try:
+            for ids, arguments in _asked_for(case, evaluator, items):
+                with torch.enable_grad():
+                    found = evaluator.predictions(case.target, ids, **arguments)
+                    first = found.logits.log_softmax(1)[:, 0] @ found.weights.to(found.logits)
+                    values = [first] if found.hidden is None else [first, found.hidden[:, 0].sum()]
+                    for value in values:
+                        (gradient,) = torch.autograd.grad(value, weight, retain_graph=True)
+                        assert torch.isfinite(gradient).all()
+                        assert gradient.abs().sum() > 0
+        finally:
+            weight.requires_grad_(False)
+
+    def test_predictions_without_labels_read_none(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        blind = case.make()
+        unlabelled = [
+            replace(item, data={key: value for key, value in item.data.items() if key not in self.label_keys})
+            for item in items
+        ]
+        blind.check(items)
+        blind.prepare(case.target, unlabelled)
+        for ids, arguments in _asked_for(case, evaluator, items):
+            with torch.no_grad():
+                found = evaluator.predictions(case.target, ids, **arguments)
+                assert (found.right is None) != arguments["labels"]
+                other = blind.predictions(case.target, ids, **{**arguments, "labels": False})
+            if arguments["over"] == "answers" or not arguments["labels"]:
+                torch.testing.assert_close(other.logits, found.logits, rtol=0, atol=0)
+
+    def test_what_it_does_not_predict_is_refused(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        for task in evaluator.context.tasks:
+            serves = evaluator.predicts(task)
+            ids = [item.id for item in items if item.task == task][:2]
+            for over in ("answers", "tokens"):
+                for labels, hidden in ((False, False), (True, False), (False, True)):
+                    asked = {over, *(["labels"] if labels else []), *(["hidden"] if hidden else [])}
+                    if not asked <= serves:
+                        with pytest.raises(NotImplementedError):
+                            evaluator.predictions(case.target, ids, over=over, labels=labels, hidden=hidden)
 
     def test_a_checkpoint_is_only_read(self, case: EvaluatorCase) -> None:
         evaluator, items = case.prepared()
