@@ -17,7 +17,7 @@ from torch import Tensor
 from evomerge.checkpoints import tensor_kind
 from evomerge.errors import CandidateError
 from evomerge.evaluation import Evaluator, Likelihoods, Target
-from evomerge.placement import Placement
+from evomerge.placement import Placement, owners, part_of
 
 Advance = Callable[[], None]  # called after each item
 
@@ -46,7 +46,11 @@ def fisher(
         for item in evaluator.likelihoods(target, item_ids, alternatives=labels == "model"):
             _add_item(item, squares, labels, len(item_ids))
             advance()
-    found = {name: part.contiguous() for name, part in _parts(placement, squares.sums)}
+    held, sums = owners(placement, [p for p, _ in squares.sums]), {id(p): total for p, total in squares.sums}
+    found = {
+        name: part_of(sums[id(parameter)], parameter, placement.views[name]).contiguous()
+        for name, parameter in held.items()
+    }
     for name, part in found.items():
         if not math.isfinite(part.sum(dtype=torch.float64)):
             raise CandidateError("nan", f"the gradient of {name} is not finite")
@@ -99,15 +103,6 @@ def _squared_gradients(model: Any) -> Iterator[_Squares]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-def _parts(placement: Placement, sums: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, its part of what was summed for the parameter that holds it)."""
-    by_memory = {p.untyped_storage().data_ptr(): (p, total) for p, total in sums}
-    for name, view in placement.views.items():
-        parameter, total = by_memory.get(view.untyped_storage().data_ptr(), (None, None))
-        if parameter is not None and total is not None and total.stride() == parameter.stride():
-            yield name, total.as_strided(view.shape, view.stride(), view.storage_offset() - parameter.storage_offset())
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ from evomerge.collected import statistics_for, verify_collected
 from evomerge.errors import CheckpointError, EvaluatorError, SpecError, nearest
 from evomerge.folders import find_folder, some
 from evomerge.hub import pin
-from evomerge.methods.base import Method, check_params
-from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.base import LowRank, Method, State, TensorInfo, check_params
+from evomerge.methods.chunks import slices
 from evomerge.methods.lookup import method_of
 from evomerge.parts import check_parts
 from evomerge.placement import Placement, place, refuse_offloaded
@@ -66,13 +66,13 @@ class _Part:
     state: Any = None
 
 
-class _Plan:
+class MergePlan:
     """What is the same for all tensors of one recipe: the methods, checked parameters by group, the prepared states.
 
     A method is prepared over the tensors that it merges and no others.
     """
 
-    def __init__(self, merger: Merger, recipe: Recipe):
+    def __init__(self, merger: Merger, recipe: Recipe, *, rounded: bool = True):
         sources = merger.sources
         if len(recipe.experts) != len(sources.experts):
             raise ValueError(f"the recipe has {len(recipe.experts)} experts, the sources have {len(sources.experts)}")
@@ -83,7 +83,7 @@ class _Plan:
                 remedy=f"The groups must cover the layers 0 to {layers}, the last one excluded.",
             )
         self._group_of = {name: recipe.group_for(info) for name, info in merger.infos.items()}
-        self.recipe, self.dtype = recipe, torch_dtype(recipe.export_dtype)
+        self.recipe, self.dtype = recipe, torch_dtype(recipe.export_dtype) if rounded else None
         parts: dict[str, _Part] = {}
         self._parts: dict[int, _Part] = {}  # by the id of a group
         for group in recipe.groups:
@@ -108,6 +108,17 @@ class _Plan:
         part = self._parts[id(group)]
         return part, group, part.params[id(group)]
 
+    def round(self, piece: Tensor) -> Tensor:
+        """To the export_dtype, if this merge is rounded."""
+        return piece if self.dtype is None else piece.to(self.dtype)
+
+    def held(self, name: str, is_base: bool) -> _Held:
+        """What a model holds of a tensor where this plan has written it; all that its merge depends on."""
+        if is_base:
+            return self.dtype, None
+        part, group, params = self.of(name)
+        return self.dtype, (part.method, group.weights, params, self.recipe.seed, self.recipe.statistics)
+
     def is_base(self, name: str) -> bool:
         """Is the merge of this tensor, whatever the experts hold, its base?"""
         part, group, params = self.of(name)
@@ -115,12 +126,18 @@ class _Plan:
         return coefficients is not None and not any(coefficients)
 
 
+_Held = tuple[torch.dtype | None, Any]  # what it was rounded to (None: nothing), and how it was merged (None: the base)
+
+
 @dataclass
 class _Resident:
-    """What a Merger knows of one model: where tensors lie, and which of them hold the rounded base at the moment."""
+    """What a Merger knows of one model: where tensors lie, and what some of them hold at the moment.
+
+    Known of tensors that hold the base, and of those of a merge that was not rounded.
+    """
 
     placement: Placement
-    pristine: dict[str, torch.dtype] = field(default_factory=dict)  # name -> the export dtype the base was rounded to
+    held: dict[str, _Held] = field(default_factory=dict)
 
 
 class Merger:
@@ -146,18 +163,23 @@ class Merger:
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
-    def into(self, model: Any, recipe: Recipe) -> None:
+    def into(self, model: Any, recipe: Recipe, *, rounded: bool = True) -> None:
         """Write the merge into a resident model of the base, in place.
 
         Merged numbers are rounded to the recipe's export_dtype first, then cast to the parameter's dtype: what is
         scored is what ``stream`` writes. Tensors that no expert touches are left alone while they hold the base.
 
+        Args:
+            rounded: False for training: the parameter's dtype is all that merged numbers are rounded to, and tensors
+                that hold this merge already are left alone.
+
         Raises UserError if the recipe does not fit the sources, ResourceError if the model is offloaded.
         """
-        plan, resident = _Plan(self, recipe), self.adopt(model)
+        plan, resident = MergePlan(self, recipe, rounded=rounded), self.adopt(model)
         for name, view in resident.placement.views.items():
             if self._must_write(resident, plan, name):
                 self._write(plan, name, view)
+                self._note(resident, plan, name)
         for conversion in resident.placement.conversions:
             names = [name for _, name in conversion.sources]
             changed = [self._must_write(resident, plan, name) for name in names]
@@ -167,6 +189,8 @@ class Merger:
                 converted = conversion.run(lambda name, dtype=dtype: self._whole(plan, name, dtype), model)
                 for target, value in converted.items():
                     state[target].copy_(value)
+                for name in names:
+                    self._note(resident, plan, name)
 
     def adopt(self, model: Any) -> _Resident:
         """Find out, once, where tensors lie in a model; ResourceError if it is offloaded."""
@@ -195,8 +219,9 @@ class Merger:
         Returns the SHA-256 of each weight file by its name; nothing without ``durable``. Raises UserError if the recipe
         does not fit the sources, NotFiniteError if a merged number is not finite in the recipe's export_dtype.
         """
-        plan, reference = _Plan(self, recipe), self.sources.reference
-        types = {n: plan.dtype if self.sources.is_float(n) else reference.dtype(n) for n in self.sources.names}
+        plan, reference = MergePlan(self, recipe), self.sources.reference
+        dtype = torch_dtype(recipe.export_dtype)
+        types = {n: dtype if self.sources.is_float(n) else reference.dtype(n) for n in self.sources.names}
         sizes = {n: reference.numel(n) * types[n].itemsize for n in self.sources.names}
         files = _shards(sizes, shard_size)
         total, done, hashes = sum(sizes.values()), 0, {}
@@ -256,17 +281,39 @@ class Merger:
             known = self._states[method] = fixed, tensors, statistics, state
         return known[3]
 
-    def _must_write(self, resident: _Resident, plan: _Plan, name: str) -> bool:
-        """False where the model holds this tensor's base already and the merge is the base. Notes what will be held."""
+    def _must_write(self, resident: _Resident, plan: MergePlan, name: str) -> bool:
+        """False where the model is known to hold this very tensor already."""
         if not self.sources.is_float(name):
             return False  # counters and masks are the base's, from loading
-        if not self._stays_base(plan, name):
-            resident.pristine.pop(name, None)
-            return True
-        held, resident.pristine[name] = resident.pristine.get(name), plan.dtype
-        return held != plan.dtype
+        if resident.held.get(name) == plan.held(name, self._stays_base(plan, name)):
+            return False
+        resident.held.pop(name, None)
+        return True
 
-    def _stays_base(self, plan: _Plan, name: str) -> bool:
+    def _note(self, resident: _Resident, plan: MergePlan, name: str) -> None:
+        """A tensor has been written. Of rounded merges only the base's are known: nothing else comes twice."""
+        is_base = self._stays_base(plan, name)
+        if is_base or plan.dtype is None:
+            resident.held[name] = plan.held(name, is_base)
+
+    def moving(self, plan: MergePlan) -> dict[str, int]:
+        """The tensors whose merge depends on the weights of their group, each with the number of that group."""
+        numbers = {id(group): number for number, group in enumerate(plan.recipe.groups)}
+        return {
+            name: numbers[id(plan.of(name)[1])]
+            for name in self.infos
+            if self.sources.base is None or self.sources.touched(name) or not plan.of(name)[0].method.keeps_base
+        }
+
+    def directions(self, plan: MergePlan, name: str) -> Iterator[tuple[int, int, Tensor | LowRank]]:
+        """(start, t, v_t) of one tensor: slices of ``Method.directions``, and the flat offset at which they start."""
+        part, _, params = plan.of(name)
+        for piece, base, experts, state in self._slices(plan, name):
+            call = {"info": piece, "state": state, "seed": plan.recipe.seed, **params}
+            for t, vector in part.method.directions(base, experts, **call):
+                yield piece.start, t, vector
+
+    def _stays_base(self, plan: MergePlan, name: str) -> bool:
         """False where it takes a merge to know."""
         if self.sources.base is None:
             return False
@@ -274,33 +321,46 @@ class Merger:
             return plan.of(name)[0].method.keeps_base
         return plan.is_base(name)
 
-    def _merged(self, plan: _Plan, name: str) -> Iterator[Tensor]:
+    def _merged(self, plan: MergePlan, name: str) -> Iterator[Tensor]:
         """The merged tensor in the recipe's export_dtype: flat pieces in row-major order. Non-floats are the base's."""
         sources = self.sources
         if not sources.is_float(name) or self._stays_base(plan, name):
             tensor = sources.reference.tensor(name).reshape(-1)
             for start, stop in grid(tensor.numel()):
                 piece = tensor[start:stop]
-                yield piece.to(plan.dtype) if tensor.is_floating_point() else piece
+                yield plan.round(piece) if tensor.is_floating_point() else piece
             return
-        info = self.infos[name]
         part, group, params = plan.of(name)
-        method, state, weights = part.method, part.state, group.weights
-        call = {"weights": weights, "state": state, "seed": plan.recipe.seed}
-        factors = method.factors and sources.has_factors(name)
-        if not factors and method.chunked_with(state, **params):
-            # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
-            skip = [weight == 0 and method.is_linear(**params) for weight in weights]
-            for piece, base, experts in sources.chunks(name, device=self.device, skip=skip, widen=not method.widens):
-                yield method.merge(base, experts, info=piece, **call, **params).reshape(-1).to(plan.dtype)
-            return
-        _, base, experts = sources.load(name, factors=factors, kept=True)
-        base, experts = _on_device(self.device, base, experts)
-        for _, whole in merge_chunks(method, base, experts, info=info, params=params, **call):
-            for start, stop in grid(whole.numel()):  # a piece may be the whole tensor
-                yield whole[start:stop].to(plan.dtype)
+        method, weights = part.method, group.weights
+        # A method that is affine in its weights does not see an expert of weight zero: spare its B A.
+        blind = method.is_linear(**params) and not method.counts_all(**params)
+        for piece, base, experts, state in self._slices(plan, name, [weight == 0 and blind for weight in weights]):
+            call = {"weights": weights, "info": piece, "state": state, "seed": plan.recipe.seed}
+            merged = method.merge(base, experts, **call, **params).reshape(-1)
+            for start, stop in grid(merged.numel()):  # a slice may be the whole tensor
+                yield plan.round(merged[start:stop])
 
-    def _write(self, plan: _Plan, name: str, view: Tensor) -> None:
+    def _slices(
+        self, plan: MergePlan, name: str, skip: Sequence[bool] = ()
+    ) -> Iterator[tuple[TensorInfo, Tensor | None, list[Any], State | None]]:
+        """What a tensor's method is called with, slice after slice: (info, base, experts, state), on the device.
+
+        Args:
+            skip: the experts that may stay at the base, where that spares something.
+        """
+        part, _, params = plan.of(name)
+        method, state = part.method, part.state
+        factors = method.factors and self.sources.has_factors(name)
+        if not factors and method.chunked_with(state, **params):
+            options = {"device": self.device, "skip": skip, "widen": not method.widens}
+            for piece, base, experts in self.sources.chunks(name, **options):
+                yield piece, base, experts, state
+            return
+        _, base, experts = self.sources.load(name, factors=factors, kept=True)
+        base, experts = _on_device(self.device, base, experts)
+        yield from slices(method, base, experts, self.infos[name], state, params)
+
+    def _write(self, plan: MergePlan, name: str, view: Tensor) -> None:
         """Merge one tensor into its part of a parameter."""
         direct = view.is_contiguous()
         flat = view.view(-1) if direct else torch.empty(view.numel(), dtype=view.dtype, device=view.device)
@@ -311,7 +371,7 @@ class Merger:
         if not direct:
             view.copy_(flat.view(view.shape))
 
-    def _whole(self, plan: _Plan, name: str, dtype: torch.dtype) -> Tensor:
+    def _whole(self, plan: MergePlan, name: str, dtype: torch.dtype) -> Tensor:
         """One merged tensor, rounded to export_dtype and then cast to ``dtype``."""
         if not self.sources.is_float(name):
             return self.sources.reference.tensor(name)

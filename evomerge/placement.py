@@ -9,7 +9,7 @@ written straight into the parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,27 @@ def place(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Placement:
                 continue
         placement.conversions.append(group)
     return placement
+
+
+def owners(placement: Placement, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Checkpoint name -> the one of ``parameters`` whose memory holds it, for the names that one of them holds."""
+    by_memory = {parameter.untyped_storage().data_ptr(): parameter for parameter in parameters}
+    held = {name: by_memory.get(view.untyped_storage().data_ptr()) for name, view in placement.views.items()}
+    return {name: parameter for name, parameter in held.items() if parameter is not None}
+
+
+def part_of(values: Tensor, parameter: Tensor, view: Tensor) -> Tensor:
+    """The part of ``values``, one for each number of ``parameter``, that belongs to a ``view`` into the parameter.
+
+    Args:
+        values: of the parameter's shape, such as its gradient.
+        view: one of ``Placement.views`` that the parameter owns.
+    """
+    if values.stride() != parameter.stride():
+        same = torch.empty_strided(parameter.shape, parameter.stride(), dtype=values.dtype, device=values.device)
+        values = same.copy_(values)
+    start = values.storage_offset() + view.storage_offset() - parameter.storage_offset()
+    return values.as_strided(view.shape, view.stride(), start)
 
 
 def refuse_offloaded(model: Any) -> None:

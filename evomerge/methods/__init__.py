@@ -34,13 +34,14 @@ from evomerge.methods.spherical import Slerp
 from evomerge.methods.spherical_means import Karcher, MultiSlerp, NuSlerp
 from evomerge.methods.statistics import check_statistics
 from evomerge.methods.stock import ModelStock
-from evomerge.methods.ties import Ties
+from evomerge.methods.ties import Ties, TiesLinear
 from evomerge.methods.weighted import Fisher, LmCocktail
 
 _ALL: tuple[Method, ...] = (
     Linear(),
     TaskArithmetic(),
     Ties(),
+    TiesLinear(),
     DareLinear(),
     DareTies(),
     Della(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,10 @@ from evomerge.errors import MethodError, nearest
 from evomerge.params import Param
 
 ANY_EXPERTS = "Use task_arithmetic or knots, which take any experts."
+AFFINE = (
+    "Use a method that is: task_arithmetic, ties_linear, dare_linear, breadcrumbs, della_linear, or linear with "
+    "normalize: false."
+)
 ANY_WEIGHT = Param(float, 1.0, "what multiplies this expert's task vector; any sign, 0 leaves the expert out")
 
 
@@ -81,6 +85,7 @@ class Method(ABC):
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
         statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
             gram, gram_merged or loss; None for a method that merges without any.
+        affine_remedy: what to do where a merge must be affine in its weights, and with some parameters it is not.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Method(ABC):
     draws: bool = False
     keeps_base: bool = True
     statistics: str | None = None
+    affine_remedy: str = AFFINE
 
     @abstractmethod
     def combine(
@@ -133,6 +139,64 @@ class Method(ABC):
         What such a merge makes of LoRA adapters is a LoRA adapter.
         """
         return None
+
+    def counts_all(self, **params: Any) -> bool:
+        """True if experts of weight zero have a say, too, such as a vote on a sign; else they leave no trace."""
+        return False
+
+    def directions(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Any],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor | LowRank]]:
+        """(t, v_t) with merged = c + sum w_t v_t, one expert at a time: the derivative of the merge by its weight.
+
+        For task arithmetic v_t is scale tau_t, for a method that thins task vectors out what it leaves of them.
+
+        Args:
+            base, experts, info, state, seed: as for ``merge``, a whole tensor or a slice.
+            params: all parameters, in their types.
+
+        Returns:
+            v_t in the arithmetic dtype, in fresh memory; or LowRank. Experts without any are left out.
+
+        Raises:
+            MethodError: the merge is not affine in its weights with these parameters (``require_affine``), or the call
+                breaks a rule of ``merge``.
+        """
+        require_affine(self, params)
+        coefficients = self._own_coefficients(len(experts), params)
+        if coefficients is not None and base is not None:
+            dtype = arithmetic_dtype(base, *(expert for expert in experts if isinstance(expert, Tensor)))
+            theta_0 = base.to(dtype)
+            for t, (expert, coefficient) in enumerate(zip(experts, coefficients, strict=True)):
+                if isinstance(expert, LowRank):
+                    yield t, replace(expert, scaling=coefficient * expert.scaling)
+                elif expert is not base:
+                    tau = torch.sub(expert, theta_0)
+                    yield t, tau if coefficient == 1 else tau.mul_(coefficient)
+            return
+        call = {"info": info, "state": state, "seed": seed, **params}
+        origin = self.merge(base, experts, weights=[0.0] * len(experts), **call)
+        for t, weights in enumerate(_unit_weights(len(experts))):
+            yield t, self.merge(base, experts, weights=weights, **call).sub_(origin)
+
+    def _own_coefficients(self, count: int, params: Mapping[str, Any]) -> list[float] | None:
+        """c with v_t = c_t tau_t, where ``task_coefficients`` say that the directions are task vectors."""
+        if self.task_coefficients([0.0] * count, **params) != [0.0] * count:
+            return None
+        found: list[float] = []
+        for t, weights in enumerate(_unit_weights(count)):
+            coefficients = self.task_coefficients(weights, **params)
+            if coefficients is None or any(coefficients[:t]) or any(coefficients[t + 1 :]):
+                return None
+            found.append(coefficients[t])
+        return found
 
     def merged_factors(
         self,
@@ -231,6 +295,21 @@ class Method(ABC):
                 f"{tuple(first.shape)} and merged in {dtype}"
             )
         return merged
+
+
+def require_affine(method: Method, params: Mapping[str, Any]) -> None:
+    """MethodError unless what ``method`` merges with ``params`` (all of them) is affine in its weights."""
+    if not method.is_linear(**params):
+        raise MethodError(
+            f"method {method.name} is not affine in its weights with these parameters, so that there is no gradient "
+            "by them to go by",
+            remedy=method.affine_remedy,
+        )
+
+
+def _unit_weights(count: int) -> Iterator[list[float]]:
+    """One expert at weight 1, all others at 0; each expert in turn."""
+    return ([float(s == t) for s in range(count)] for t in range(count))
 
 
 class InputsChanged(MethodError):

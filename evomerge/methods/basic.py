@@ -29,6 +29,7 @@ class Linear(Method):
     widens = True
     fills = True
     keeps_base = False  # weights that do not sum to 1 scale the base too, if not normalised
+    affine_remedy = "Set normalize: false, or use task_arithmetic."
 
     def is_linear(self, **params: Any) -> bool:
         return not params.get("normalize", self.params["normalize"].default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
-from evomerge.methods.base import State, TensorInfo
+from evomerge.methods.base import State, TensorInfo, arithmetic_dtype
 from evomerge.methods.election import MODE, NORMALIZE
-from evomerge.methods.thinning import Election, merge_thinned
+from evomerge.methods.thinning import Election, merge_thinned, thinned_directions
 from evomerge.methods.trimming import TrimmedMethod, Trimming
 from evomerge.params import Param
 
@@ -73,6 +73,20 @@ class Breadcrumbs(_Breadcrumbs):
         scaled = [scale * weight for weight in weights]
         parts = self.thinned(base, experts, scaled, info=info, state=state, params=params)
         return merge_thinned(base, parts, dtype=dtype)
+
+    def directions(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        scale: float,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor]]:
+        parts = self.thinned(base, experts, [1.0] * len(experts), info=info, state=state, params=params)
+        return thinned_directions(base, experts, parts, arithmetic_dtype(base, *experts), scale)
 
 
 @final

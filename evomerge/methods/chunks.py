@@ -45,37 +45,46 @@ def merge_chunks(
     Raises:
         MethodError: the call breaks a rule of the method.
     """
+    piece_size = CHUNK
+    if out is not None and (_has_factors(experts) or not method.fills):
+        out = None
+    elif out is not None:
+        # In one pass without temporaries: Python's time for each piece is what counts.
+        dense = [tensor for tensor in (base, *experts) if isinstance(tensor, Tensor)]
+        in_place = out.dtype == arithmetic_dtype(*dense)
+        out, piece_size = (out, 16 * CHUNK) if in_place else (None, 4 * CHUNK)
+    for piece, part, parts, ready in slices(method, base, experts, info, state, params, size=piece_size):
+        into = None if out is None else out[piece.start : piece.start + piece_size]
+        call = {"weights": weights, "info": piece, "state": ready, "seed": seed, "out": into}
+        yield piece.start, method.merge(part, parts, **call, **params).reshape(-1)
+
+
+def slices(
+    method: Method,
+    base: Tensor | None,
+    experts: Sequence[Tensor | LowRank],
+    info: TensorInfo,
+    state: State | None,
+    params: Mapping[str, Any],
+    *,
+    size: int = CHUNK,
+) -> Iterator[tuple[TensorInfo, Tensor | None, list[Tensor | LowRank], State | None]]:
+    """What ``method`` is to be called with: (info with its start, base, experts, state), one slice after another.
+
+    As for ``merge_chunks``, with the state that it computes where ``state`` does not do.
+    """
     if not method.chunked_with(state, **params) and (state is None or method.statistics is None):
         own = method.prepare([(info, base, experts)], **params)
         if state is None or method.chunked_with(own, **params):
             state = own
     if not method.chunked_with(state, **params):
-        merged = method.merge(base, experts, weights=weights, info=info, state=state, seed=seed, **params)
-        yield 0, merged.reshape(-1)
+        yield info, base, list(experts), state
         return
     # By identity: an expert that is the base stays it.
     distinct = {id(tensor): tensor for tensor in ([*experts] if base is None else [base, *experts])}
-    by_rows = _has_factors(experts)
-    piece_size = CHUNK
-    if out is not None and (by_rows or not method.fills):
-        out = None
-    elif out is not None:
-        # In one pass without temporaries: Python's time for each piece is what counts.
-        dense = [tensor for tensor in distinct.values() if isinstance(tensor, Tensor)]
-        in_place = out.dtype == arithmetic_dtype(*dense)
-        out, piece_size = (out, 16 * CHUNK) if in_place else (None, 4 * CHUNK)
-    for start, part in _row_parts(distinct) if by_rows else _flat_parts(distinct, piece_size):
-        piece = method.merge(
-            None if base is None else part[id(base)],
-            [part[id(expert)] for expert in experts],
-            weights=weights,
-            info=replace(info, start=start),
-            state=state,
-            seed=seed,
-            out=None if out is None else out[start : start + piece_size],
-            **params,
-        )
-        yield start, piece.reshape(-1)
+    for start, part in _row_parts(distinct) if _has_factors(experts) else _flat_parts(distinct, size):
+        slice_of_base = None if base is None else part[id(base)]
+        yield replace(info, start=start), slice_of_base, [part[id(expert)] for expert in experts], state
 
 
 def merge_into(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
-from evomerge.methods.base import Method, SourceIterable, State, TensorInfo
+from evomerge.methods.base import Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.election import MODE, NORMALIZE
 from evomerge.methods.masks import Masks
-from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned
+from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned, thinned_directions
 from evomerge.params import Param
 
 RESCALE = Param(
@@ -115,6 +115,22 @@ class DareLinear(_Dare):
             base, experts, scaled, dtype=dtype, info=info, state=state, seed=seed, density=density, rescale=rescale
         )
         return merge_thinned(base, parts, dtype=dtype)
+
+    def directions(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        scale: float,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor]]:
+        dtype = arithmetic_dtype(base, *experts)
+        ones = [1.0] * len(experts)
+        parts = self._thinned(base, experts, ones, dtype=dtype, info=info, state=state, seed=seed, **params)
+        return thinned_directions(base, experts, parts, dtype, scale)
 
 
 @final

@@ -13,7 +13,7 @@ from torch import Tensor
 from evomerge.errors import MethodError
 from evomerge.methods import fused
 from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
-from evomerge.methods.base import Method, SourceIterable, State, TensorInfo
+from evomerge.methods.base import LowRank, Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
 from evomerge.methods.election import MODE, NORMALIZE
 from evomerge.methods.masks import MOST_BYTES, WORD, Mask
@@ -225,7 +225,7 @@ class _Della(Method):
                 vectors = [(weight, chance.thin(info.name, t, rows, block)) for t, weight in chosen.items()]
                 merged[block] = merge_vectors(rows.base[block], vectors, dtype=dtype, election=election, scale=scale)
             return merged.view(base.shape)
-        restored = state if isinstance(state, _Restored) and state.chance == chance else _Restored(chance)
+        restored = _restored(state, chance)
         stays = {t: restored.stays(info.name, t, rows) for t in chosen}
         theta_0, flat = rows.base.reshape(-1), {t: expert.reshape(-1) for t, expert in rows.experts.items()}
         for first in range(0, base.numel(), CHUNK):
@@ -233,6 +233,35 @@ class _Della(Method):
             parts = [stays[t].of(flat[t], weight, piece) for t, weight in chosen.items()]
             merged.view(-1)[piece] = merge_thinned(theta_0[piece], parts, dtype=dtype, election=election, scale=scale)
         return merged.view(base.shape)
+
+    def _thinned(
+        self,
+        base: Tensor,
+        expert: Tensor,
+        t: int,
+        *,
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: State | None,
+        seed: int,
+        params: Mapping[str, Any],
+    ) -> Tensor:
+        """What stays of one task vector, rescaled, in fresh memory. The tensor must be whole, and not empty."""
+        rows = _Rows.of(base, {t: expert}, dtype)
+        chance = _Chance(seed, params["density"], params["epsilon"])
+        vector = torch.empty(rows.base.shape, dtype=dtype, device=base.device)
+        if params["rescale"] == "probability":
+            for block in rows.blocks():
+                vector[block] = chance.thin(info.name, t, rows, block)
+            return vector.view(base.shape)
+        stays = _restored(state, chance).stays(info.name, t, rows)
+        tau = torch.sub(rows.experts[t], rows.base.to(dtype), out=vector)
+        return tau.mul_(stays.mask.values(tau)).mul_(stays.factor).view(base.shape)
+
+
+def _restored(state: State | None, chance: _Chance) -> _Restored:
+    """``state``, if it is about what is asked for."""
+    return state if isinstance(state, _Restored) and state.chance == chance else _Restored(chance)
 
 
 @final
@@ -268,6 +297,27 @@ class DellaLinear(_Della):
     ) -> Tensor:
         scaled = [scale * weight for weight in weights]
         return self._merge(base, experts, scaled, dtype=dtype, info=info, state=state, seed=seed, params=params)
+
+    def directions(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        scale: float,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor | LowRank]]:
+        call = {"info": info, "state": state, "seed": seed, "params": params}
+        if params["density"] == 1 or base.numel() == 0:
+            yield from super().directions(base, experts, info=info, scale=scale, **params)
+            return
+        dtype = arithmetic_dtype(base, *experts)
+        for t, expert in enumerate(experts):
+            if expert is not base:
+                vector = self._thinned(base, expert, t, dtype=dtype, **call)
+                yield t, vector if scale == 1 else vector.mul_(scale)
 
 
 @final

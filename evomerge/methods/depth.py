@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from evomerge.errors import MethodError
 from evomerge.methods.base import (
     ANY_WEIGHT,
+    LowRank,
     Method,
     SourceIterable,
     State,
@@ -19,6 +20,7 @@ from evomerge.methods.base import (
     check_experts,
     check_params,
     check_weights,
+    require_affine,
 )
 from evomerge.methods.matrices import num_kept
 from evomerge.params import Param
@@ -40,6 +42,7 @@ class Lines(Method):
     summary = "another method's merged task vector, scaled linearly with depth"
     reference = "Wang et al. 2025, LiNeS: post-training layer scaling, arXiv:2410.17146, equation 1"
     weight = ANY_WEIGHT
+    affine_remedy = "Give a, which depends on the weights by default, and an inner method that is affine in them."
 
     def __init__(self, inner: Mapping[str, Method]):
         self._inner = dict(inner)
@@ -87,6 +90,27 @@ class Lines(Method):
     def is_linear(self, *, inner: str, a: float | None, b: float | None, **params: Any) -> bool:
         # By default a depends on how many weights are not zero.
         return a is not None and self._inner[inner].is_linear(**self._params(inner, params))
+
+    def counts_all(self, *, inner: str, **params: Any) -> bool:
+        return self._inner[inner].counts_all(**self._params(inner, params))
+
+    def directions(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor | LowRank]]:
+        require_affine(self, params)
+        inner, a, b = params["inner"], params["a"], params["b"]
+        factor = a + (1 - a if b is None else b) * _depth(info, params["outside"])
+        call = {"info": info, "state": _of(state, inner), "seed": seed, **self._params(inner, params)}
+        for t, vector in self._inner[inner].directions(base, experts, **call):
+            assert isinstance(vector, Tensor)
+            yield t, vector.mul_(factor)
 
     def chunked_with(self, state: State | None, *, inner: str, **params: Any) -> bool:
         return self._inner[inner].chunked_with(_of(state, inner), **self._params(inner, params))

@@ -106,6 +106,19 @@ def thinned_vectors(base: Tensor, parts: Sequence[Thinned], dtype: torch.dtype) 
         yield weight, thinned if part.factor == 1 else thinned.mul_(part.factor)
 
 
+def thinned_directions(
+    base: Tensor, experts: Sequence[Tensor], parts: Sequence[Thinned], dtype: torch.dtype, scale: float
+) -> Iterator[tuple[int, Tensor]]:
+    """(t, scale x what stays of tau_t), in fresh memory in ``dtype``: ``Method.directions``.
+
+    Args:
+        parts: of all experts that have a task vector, with weights of 1.
+    """
+    present = [t for t, expert in enumerate(experts) if expert is not base]
+    for t, (_, vector) in zip(present, thinned_vectors(base, parts, dtype), strict=True):
+        yield t, vector if scale == 1 else vector.mul_(scale)
+
+
 def cut(tau: Tensor, low: float, high: float = math.inf) -> Tensor:
     """``tau`` with what is smaller than ``low`` or larger than ``high`` in magnitude set to zero; NaN stays.
 

@@ -240,6 +240,11 @@ class MethodContract:
                 assert all(piece.numel() <= max(CHUNK, shape[1]) for _, piece in pieces)
             flat = torch.cat([piece for _, piece in pieces])
             torch.testing.assert_close(flat, expected.reshape(-1), rtol=1e-12, atol=1e-12)
+            if self.method.is_linear(**params):
+                found = self.method.directions(base, experts, info=options["info"], **params)
+                vectors = {t: v.scaling * v.B @ v.A if isinstance(v, LowRank) else v for t, v in found}
+                summed = base + sum(options["weights"][t] * v for t, v in vectors.items())
+                torch.testing.assert_close(summed, expected, rtol=1e-12, atol=1e-12)
             without = [base if expert is low_rank[-1] else expert for expert in experts]
             assert torch.equal(self.method.merge(base, without, **options, **params), merged)
 
@@ -282,6 +287,8 @@ class MethodContract:
             pytest.skip("takes a fixed number of experts")
         base, experts = make_tensors((20, 20), 3)
         for params in self.all_settings():
+            if self.method.counts_all(**params):
+                continue
             without = self.merge(base, experts[:2], weights=[0.5, 0.7], **params)
             assert torch.equal(self.merge(base, experts, weights=[0.5, 0.7, 0.0], **params), without)
 
@@ -295,6 +302,36 @@ class MethodContract:
                 ends = [self.merge(base, experts, weights=weights, **params) for weights in (here, there)]
                 between = self.merge(base, experts, weights=middle, **params)
                 torch.testing.assert_close(between, 0.25 * ends[0] + 0.75 * ends[1], rtol=1e-12, atol=1e-12)
+
+    def test_directions_are_the_merge(self) -> None:
+        """merged = c + sum w_t v_t; a slice of v_t is that of a slice; an expert that is the base may have none."""
+        shape = (3, BLOCK - 7)
+        base, experts = make_tensors(shape, self.num_experts(), dtype=torch.float64)
+        info = TensorInfo("layer.weight", shape=shape)
+        count = len(experts)
+        for params in self.all_settings():
+            for given in (experts, [base, *experts[1:]]):
+                state = self.prepare(info, base, given, **params)
+                call: dict[str, Any] = {"info": info, "state": state, "seed": 3, **params}
+                if not self.method.is_linear(**params):
+                    with pytest.raises(MethodError, match="affine"):
+                        list(self.method.directions(base, given, **call))
+                    continue
+                found = dict(self.method.directions(base, given, **call))
+                assert all(isinstance(v, Tensor) and v.dtype == torch.float64 for v in found.values())
+                origin = self.method.merge(base, given, weights=[0.0] * count, **call)
+                weights = self.weights(count)
+                expected = self.method.merge(base, given, weights=weights, **call)
+                merged = origin + sum(weights[t] * vector for t, vector in found.items())
+                torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+                if not self.method.chunked_with(state, **params):
+                    continue
+                part = {id(t): t.reshape(-1)[1000 : BLOCK + 9] for t in (base, *given)}
+                call["info"] = replace(info, start=1000)
+                pieces = dict(self.method.directions(part[id(base)], [part[id(e)] for e in given], **call))
+                assert pieces.keys() == found.keys()
+                for t, piece in pieces.items():
+                    assert torch.equal(piece, found[t].reshape(-1)[1000 : BLOCK + 9])
 
     def test_task_coefficients_are_the_merge(self) -> None:
         base, experts = make_tensors((20, 20), self.num_experts(), dtype=torch.float64)

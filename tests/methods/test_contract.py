@@ -29,6 +29,11 @@ class TestTies(MethodContract):
     )
 
 
+class TestTiesLinear(MethodContract):
+    method = METHODS["ties_linear"]
+    settings = ({"density": 1.0}, {"density": 0.5, "scale": 0.3}, {"density": 0.5, "scope": "model"}, {"scale": 0.0})
+
+
 class TestDareLinear(MethodContract):
     method = METHODS["dare_linear"]
     settings = ({"density": 0.1, "scale": 0.5}, {"density": 1.0}, {"density": 0.3, "rescale": "l1"})

@@ -88,6 +88,27 @@ def test_ties_keeps_equal_magnitudes_and_at_least_one():
         assert merged.tolist() == [1, -1, 1, -1, 1, 0, 0, 0, 0, 0]
 
 
+@given(families(), densities, st.floats(-1, 2))
+def test_ties_linear_elects_before_the_weights(family: Family, density: float, scale: float):
+    """AdaMerging's ties_merging_split with merge_func dis-sum, entry by entry; a sum of zero counts as +."""
+    trimmed = [trim(tau, density) for tau in family.taus]
+    plus = sum(trimmed) >= 0
+    kept = [np.where(plus, tau > 0, tau < 0) * tau for tau in trimmed]
+    expected = family.base + scale * sum(weight * tau for weight, tau in zip(family.weights, kept, strict=True))
+    assert_close(family.merge("ties_linear", density=density, scale=scale), expected)
+
+
+@given(families(), densities, st.sampled_from([0.3, 1.0, -0.5]))
+def test_ties_linear_with_equal_positive_weights_is_ties_that_sums(family: Family, density: float, weight: float):
+    family.weights = [abs(weight)] * len(family.experts)
+    assert_close(family.merge("ties_linear", density=density), family.merge("ties", density=density, mode="sum"))
+
+
+def test_an_expert_of_weight_0_has_its_vote():
+    family = Family(np.zeros(2), [np.array([1.0, 1.0]), np.array([-2.0, 3.0])], [1.0, 0.0])
+    assert family.merge("ties_linear", density=1.0).tolist() == [0.0, 1.0]
+
+
 @given(families(fewest=2), densities)
 def test_ties_of_one_expert_many_times_is_that_expert_trimmed(family: Family, density: float):
     """Identical experts agree everywhere."""
