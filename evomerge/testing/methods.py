@@ -73,6 +73,12 @@ class MethodContract:
         statistics = example_statistics(self.method.statistics, {info.name: info.shape}, len(experts))
         return self.method.prepare([(info, base, experts)], statistics, **params)
 
+    def _directions(self, base: Tensor, experts: Sequence[Tensor], **call: Any) -> dict[int, Tensor]:
+        """Of dense experts, by their numbers."""
+        found = dict(self.method.directions(base, experts, **call))
+        assert all(isinstance(vector, Tensor) for vector in found.values())
+        return found  # pyright: ignore[reportReturnType]
+
     # -- facts
 
     def test_declares_itself(self) -> None:
@@ -317,8 +323,8 @@ class MethodContract:
                     with pytest.raises(MethodError, match="affine"):
                         list(self.method.directions(base, given, **call))
                     continue
-                found = dict(self.method.directions(base, given, **call))
-                assert all(isinstance(v, Tensor) and v.dtype == torch.float64 for v in found.values())
+                found = self._directions(base, given, **call)
+                assert all(vector.dtype == torch.float64 for vector in found.values())
                 origin = self.method.merge(base, given, weights=[0.0] * count, **call)
                 weights = self.weights(count)
                 expected = self.method.merge(base, given, weights=weights, **call)
@@ -328,7 +334,7 @@ class MethodContract:
                     continue
                 part = {id(t): t.reshape(-1)[1000 : BLOCK + 9] for t in (base, *given)}
                 call["info"] = replace(info, start=1000)
-                pieces = dict(self.method.directions(part[id(base)], [part[id(e)] for e in given], **call))
+                pieces = self._directions(part[id(base)], [part[id(e)] for e in given], **call)
                 assert pieces.keys() == found.keys()
                 for t, piece in pieces.items():
                     assert torch.equal(piece, found[t].reshape(-1)[1000 : BLOCK + 9])
