@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def compiled(function: Any) -> Any:
 
     Under EVOMERGE_CACHE (or ~/.cache/evomerge), in a folder of all loops' source: numba looks at the one file that a
     function stands in, not at those it imports from, so that a change there would leave stale machine code in use.
-    Where nothing can be written it is compiled once a process.
+    Where nothing can be written, or no more, it is compiled once a process.
     """
     folder = cache_folder() / "loops" / _sources_hash()
     before = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
@@ -41,11 +42,33 @@ def compiled(function: Any) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue]
-        return numba.njit(function, cache=os.access(folder, os.W_OK), **options)
+        made: Any = numba.njit(function, cache=os.access(folder, os.W_OK), **options)
+        made._cache = _Optional(made._cache)
+        return made
     except OSError:
         return numba.njit(function, **options)
     finally:
         config.CACHE_DIR = before  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _Optional:
+    """numba's cache of one function, going without where the folder cannot be read or written: a full disk."""
+
+    def __init__(self, files: Any):
+        self._files = files
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            return self._files.load_overload(signature, context)
+        except OSError:
+            return None  # as of what is not kept
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        with suppress(OSError):
+            self._files.save_overload(signature, result)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
 
 
 @cache

@@ -189,8 +189,10 @@ def test_without_numba_the_plain_code_runs():
 
 
 FIRST_CALL = """
+import resource
 import numpy as np
 from evomerge.methods import fused
+resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))
 out = np.zeros(3, np.float32)
 loops = fused.kernels()
 loops.draw_uniform(np.full(4, 2**63 + 2**41, np.uint64), out)
@@ -198,10 +200,11 @@ print(out.any(), loops.draw_uniform.stats.cache_path)
 """
 
 
-def first_call(cache: Path) -> list[str]:
-    """[were numbers drawn, the folder of the machine code] of a new process."""
+def first_call(cache: Path, largest: int | None = None) -> list[str]:
+    """[were numbers drawn, the folder of the machine code] of a new process that can write files of so many bytes."""
+    code = FIRST_CALL.format(largest="resource.RLIM_INFINITY" if largest is None else largest)
     env = {**os.environ, "EVOMERGE_CACHE": str(cache)}
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     return done.stdout.split()
 
 
@@ -218,6 +221,18 @@ def test_machine_code_is_kept_by_the_source_of_all_loops(tmp_path: Path):
 def test_where_no_folder_can_be_written_they_are_compiled_once_a_process():
     drawn, folder = first_call(Path("/dev/null/cache"))
     assert (drawn, folder) == ("True", "None")
+
+
+@pytest.mark.parametrize("largest", [0, 2000], ids=["nothing fits", "the index fits"])
+def test_on_a_full_disk_they_are_compiled_once_a_process(tmp_path: Path, largest: int):
+    """What is written is cut off by a limit to files' sizes, which is an OSError at the same place."""
+    drawn, folder = first_call(tmp_path, largest)
+    assert drawn == "True"
+    files = list(Path(folder).iterdir())
+    assert not [file for file in files if file.suffix == ".nbc" or ".tmp" in file.name]
+    assert bool(files) == bool(largest)
+    assert first_call(tmp_path) == [drawn, folder]  # with room again they are kept
+    assert list(Path(folder).glob("*.nbc"))
 
 
 def test_importing_the_methods_does_not_import_numba():
