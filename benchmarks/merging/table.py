@@ -145,7 +145,7 @@ def _matrices(parts: Sequence[_Part]) -> str:
     (part,) = parts
     rows = [
         [
-            what.split()[0],
+            _with_steps(what.split()[0], part.rows[what, "ours"].get("steps")),
             what.split(maxsplit=1)[1],
             part.shown(what, "ours"),
             part.shown(what, "fusion-bench"),
@@ -154,7 +154,11 @@ def _matrices(parts: Sequence[_Part]) -> str:
         for what in part.whats("ours")
     ]
     head = ["method", "matrix", "ours, s", "fusion-bench, s", "fusion-bench / ours"]
-    return "Single matrices, four experts in float32 (wudi: 30 steps in both):\n\n" + _table(head, rows)
+    return "Single matrices, four experts in float32:\n\n" + _table(head, rows)
+
+
+def _with_steps(method: str, steps: int | None) -> str:
+    return method if steps is None else f"{method}, {steps} steps in both"
 
 
 def _many(parts: Sequence[_Part]) -> str:

@@ -16,7 +16,9 @@ from evomerge.methods.decompositions import norm, row_factor
 from evomerge.methods.matrices import INNER_MATRICES, MatrixMethod, task_matrices, total_matrix
 from evomerge.params import Param
 
-BLOCK = 2**18  # about so many entries, in whole rows, are optimised at a time: small enough for a processor's cache
+ROWS = 768  # at most about so many are optimised at a time, or BLOCK entries: a product with fewer is slower
+BLOCK = 2**18
+PIECE = 2**15  # entries that Adam goes through at a time: small enough for a processor's cache
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in torch and in the authors' code
 
 
@@ -66,10 +68,9 @@ class WUDI(MatrixMethod):
         if start is None or steps == 0:
             return start
         pull, gram = interference(base, experts, weights, start)
-        step = max(64, BLOCK // start.shape[1])
-        for first in range(0, len(start), step):  # each row is a problem of its own
-            part = slice(first, first + step)
-            start[part] += adam(gradient_at(pull[part], gram), torch.zeros_like(start[part]), steps=steps, lr=lr)
+        count = math.ceil(len(start) / max(ROWS, BLOCK // start.shape[1]))
+        for rows, its_pull in zip(start.chunk(count), pull.chunk(count), strict=True):  # a row is a problem of its own
+            rows.add_(adam(gradient_at(its_pull, gram), torch.zeros_like(rows), steps=steps, lr=lr))
         return start
 
 
@@ -132,20 +133,26 @@ def multiplied(weight: float, tau: Tensor | LowRank, dtype: torch.dtype) -> Tens
 
 
 def adam(gradient_at: Callable[[Tensor, Tensor], Tensor], point: Tensor, *, steps: int, lr: float) -> Tensor:
-    """``point`` after so many steps of Adam (Kingma and Ba 2015, algorithm 1), in place.
+    """``point`` (contiguous) after so many steps of Adam (Kingma and Ba 2015, algorithm 1), in place.
 
-    (torch.optim.Adam takes the same steps, but loads torch's compiler for it.)
+    The second moment's bias correction stands in the learning rate and in epsilon, which saves a pass over the entries
+    (section 2 of the paper; the same steps). torch.optim.Adam takes them too, but loads torch's compiler for it.
 
     Args:
         gradient_at: the gradient at a point, written into its second argument.
     """
-    gradient, mean, square, scratch = (torch.zeros_like(point) for _ in range(4))
+    gradient, mean, square = (torch.zeros_like(point) for _ in range(3))
+    scratch = point.new_empty(min(PIECE, point.numel()))
+    pieces = list(zip(*(tensor.view(-1).split(PIECE) for tensor in (point, gradient, mean, square)), strict=True))
     first, second = BETAS
     for step in range(1, steps + 1):
         gradient_at(point, gradient)
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        torch.sqrt(square, out=scratch)
-        scratch.div_(math.sqrt(1 - second**step)).add_(EPSILON)
-        point.addcdiv_(mean, scratch, value=-lr / (1 - first**step))
+        correction = math.sqrt(1 - second**step)
+        epsilon, rate = EPSILON * correction, lr * correction / (1 - first**step)
+        for x, g, m, v in pieces:
+            root = scratch[: len(x)]
+            m.lerp_(g, 1 - first)
+            v.mul_(second).addcmul_(g, g, value=1 - second)
+            torch.sqrt(v, out=root).add_(epsilon)
+            x.addcdiv_(m, root, value=-rate)
     return point
