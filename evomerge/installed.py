@@ -1,7 +1,8 @@
 """Plug-ins of installed packages, by entry point. Nothing is imported before somebody names it.
 
-A package offers them in the groups ``evomerge.methods``, ``evomerge.searchers`` and ``evomerge.evaluators``; in its
-pyproject.toml: ``[project.entry-points."evomerge.methods"]``, ``median = "my_package.median:Median"``.
+A package offers them in the groups ``evomerge.methods``, ``evomerge.searchers``, ``evomerge.evaluators`` and
+``evomerge.losses``; in its pyproject.toml: ``[project.entry-points."evomerge.methods"]``,
+``median = "my_package.median:Median"``.
 """
 
 from __future__ import annotations

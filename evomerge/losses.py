@@ -6,16 +6,36 @@ float64 where the predictions are: a model in bfloat16 is no reason for a loss i
 
 from __future__ import annotations
 
+import functools
+import inspect
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from evomerge import installed
+from evomerge.errors import CandidateError, SpecError, nearest
 from evomerge.evaluation import Predictions
+from evomerge.plugins import (
+    LOSS,
+    Code,
+    code_files,
+    code_hash,
+    explain,
+    find_file,
+    load_module,
+    names_file,
+    pick,
+    run_user_code,
+    split_reference,
+)
 
-__all__ = ["LOSSES", "Loss"]
+__all__ = ["LOSSES", "Found", "Loss", "find"]
 
 T = TypeVar("T")
 
@@ -30,9 +50,9 @@ class Loss(ABC):
         teacher: it compares with what the task's own expert predicts on the same items.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    reference: ClassVar[str]
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
     labels: ClassVar[bool] = False
     hidden: ClassVar[bool] = False
     teacher: ClassVar[bool] = False
@@ -118,6 +138,83 @@ class HiddenMSE(Loss):
 
 
 LOSSES: Mapping[str, Loss] = {loss.name: loss for loss in (Entropy(), CrossEntropy(), KLToExpert(), HiddenMSE())}
+
+
+_loaded: dict[tuple[str, str], Loss] = {}  # (hash of its code, name in its file or package) -> loss
+
+
+@dataclass(frozen=True)
+class Found:
+    """A loss, and its code if that is not evomerge's own."""
+
+    loss: Loss
+    code: Code | None = None
+
+
+def find(name: str, folder: Path) -> Found:
+    """The loss that an experiment names: one of evomerge's own, of an installed package, or ``file.py@name``.
+
+    Args:
+        folder: of the experiment file; the code of a file below it runs.
+
+    Raises:
+        SpecError: there is none, its code fails, or it breaks a rule of losses.
+    """
+    if names_file(name):
+        path = find_file(name, folder, LOSS)
+        code = Code(path=str(path), sha256=code_hash(code_files(path), path.parent))
+        key = code.sha256, split_reference(name)[1]
+        if key not in _loaded:
+            found = pick(load_module(path, LOSS), key[1], _is_loss, path, LOSS, "a Loss class")
+            _loaded[key] = _guarded(found, str(path), path)
+        return Found(_loaded[key], code)
+    installed.refuse_clash(LOSS, name, LOSSES)
+    if name in LOSSES:
+        return Found(LOSSES[name])
+    others = installed.names(LOSS)
+    if name not in others:
+        raise SpecError(f"there is no loss {name!r}", remedy=nearest(name, [*LOSSES, *others]))
+    found, code = installed.load(LOSS, name)
+    key = code.sha256, name
+    if key not in _loaded:
+        if not _is_loss(found):
+            raise SpecError(
+                f"loss {name!r} of the installed package {code.package} must be a class derived from evomerge.Loss "
+                f"with of, but is {found!r:.80}"
+            )
+        _loaded[key] = _guarded(found, code.package, Path(inspect.getfile(found)))
+    return Found(_loaded[key], code)
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Loss) and not inspect.isabstract(value)
+
+
+def _guarded(loss: type[Loss], where: str, path: Path) -> Loss:
+    """An object of ``loss`` whose faults are a candidate's and name the line of its file, and whose values are
+    checked."""
+    for key in ("labels", "hidden", "teacher"):
+        if not isinstance(getattr(loss, key), bool):
+            raise SpecError(
+                f"loss {loss.__name__}: {key} must be True or False, but is {getattr(loss, key)!r:.80}", where=where
+            )
+
+    class Guarded(loss):
+        name = loss.name or loss.__name__
+
+        @functools.wraps(loss.of)
+        def of(self, mine: Predictions, expert: Predictions | None) -> Tensor:
+            try:
+                value = super().of(mine, expert)
+            except (CandidateError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise CandidateError("error", explain(error, path), traceback.format_exc()) from error
+            if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+                raise CandidateError("error", f"loss {self.name} must give a scalar tensor, but gave {value!r:.80}")
+            return value
+
+    return run_user_code(Guarded, path, LOSS)
 
 
 def _wide(tensor: Tensor) -> Tensor:

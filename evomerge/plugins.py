@@ -27,16 +27,18 @@ class Kind:
 
     noun: str
     error: type[UserError]
+    plural: str
 
     @property
     def group(self) -> str:
         """The group of entry points by which an installed package offers such plug-ins."""
-        return f"evomerge.{self.noun}s"
+        return f"evomerge.{self.plural}"
 
 
-METHOD = Kind("method", MethodError)
-SEARCHER = Kind("searcher", SpecError)
-EVALUATOR = Kind("evaluator", EvaluatorError)
+METHOD = Kind("method", MethodError, "methods")
+SEARCHER = Kind("searcher", SpecError, "searchers")
+EVALUATOR = Kind("evaluator", EvaluatorError, "evaluators")
+LOSS = Kind("loss", SpecError, "losses")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def load_module(path: Path, kind: Kind = EVALUATOR) -> ModuleType:
     if not path.is_file():
         raise kind.error(f"there is no such {kind.noun} file", where=str(path))
     if path.suffix != ".py":
-        raise kind.error(f"{kind.noun}s stand in Python files", where=str(path), remedy="Name a file that ends in .py.")
+        raise kind.error(
+            f"{kind.plural} stand in Python files", where=str(path), remedy="Name a file that ends in .py."
+        )
     private = f"_evomerge_{kind.noun}_{next(_loads)}_{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}"
     loader = _FromSource(private, str(path))
     spec = importlib.util.spec_from_file_location(private, path, loader=loader)

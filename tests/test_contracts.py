@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge import Evaluator, EvaluatorContext, Item, Method, Outcome, Param, Searcher, Target, TaskSpec
+from evomerge import (
+    Evaluator,
+    EvaluatorContext,
+    Item,
+    Likelihoods,
+    Method,
+    Outcome,
+    Param,
+    Predictions,
+    Searcher,
+    Target,
+    TaskSpec,
+)
 from evomerge.errors import MethodError
 from evomerge.methods.base import TensorInfo
 from evomerge.searchers.base import keyed_generator
@@ -372,6 +386,132 @@ def test_a_broken_evaluator_is_caught(broken: type[Evaluator], test: str):
 
     assert run(broken)
     assert not run(Lengths)
+
+
+class Letters(Evaluator):
+    """Which of 3 classes a text of letters is of, by a model that sums embeddings; nothing wrong with it."""
+
+    padding = 0  # a token that adds nothing
+
+    def load(self):
+        texts = ["".join(random.Random(n).choices("bcdefgh", k=n % 5 + 1)) + f"{n:02}" for n in range(30)]
+        return [Item(text, "one", text, {"label": len(text) % 3}) for text in texts]
+
+    def prepare(self, target, items):
+        self.items = {item.id: item for item in items}
+
+    def evaluate(self, target, item_ids):
+        return [Outcome(p, {"loglikelihood": float(v.logs[v.right])}) for p, v in self.pairs(target, item_ids)]
+
+    def pairs(self, target, item_ids):
+        return zip(item_ids, self.likelihoods(target, item_ids), strict=True)
+
+    def likelihoods(self, target, item_ids, *, alternatives=True):
+        for item_id in item_ids:
+            ids = torch.tensor([[ord(c) for c in item_id]])
+            yield Likelihoods(target.model(ids)[0].log_softmax(0), len(item_id) % 3)
+
+    def predicts(self, task):
+        return frozenset(("answers", "labels", "hidden"))
+
+    def predictions(self, target, item_ids, *, over="answers", labels=False, hidden=False):
+        items = [self.items[i] for i in item_ids]
+        self.check_predictable(items, over, labels=labels, hidden=hidden)
+        width = max(map(len, item_ids))
+        ids = torch.tensor([[ord(c) for c in i] + [self.padding] * (width - len(i)) for i in item_ids])
+        logits, ones = self.predict(target, ids), torch.ones(len(items))
+        right = torch.tensor([item.data["label"] for item in items]) if labels else None
+        states = target.model[0](ids) if hidden else None
+        return Predictions(logits, ones, right, states, ones if hidden else None)
+
+    def predict(self, target, ids):
+        return target.model(ids)
+
+
+class SeesPadding(Letters):
+    padding = 1
+
+
+class OwnOrder(Letters):
+    def predictions(self, target, item_ids, **options):
+        return super().predictions(target, sorted(item_ids), **options)
+
+
+class Shares(Letters):
+    """Weights that sum to 1 over the batch instead of over each item."""
+
+    def predictions(self, target, item_ids, **options):
+        found = super().predictions(target, item_ids, **options)
+        return replace(found, weights=found.weights / (1 + len(item_ids)))
+
+
+class Detached(Letters):
+    def predict(self, target, ids):
+        return target.model(ids).detach().requires_grad_(True)
+
+
+class Peeks(Letters):
+    def predictions(self, target, item_ids, *, labels=False, **options):
+        found = super().predictions(target, item_ids, labels=True, **options)
+        return found if labels else replace(found, right=None)
+
+
+class TellsAlways(Letters):
+    def predictions(self, target, item_ids, *, labels=False, **options):
+        return super().predictions(target, item_ids, labels=True, **options)
+
+
+class OneByTheOther(Letters):
+    """Depends on the rest of the batch, as batch normalisation does."""
+
+    def predict(self, target, ids):
+        logits = target.model(ids)
+        return logits + (logits - logits.mean(0)).square().sum() * torch.tensor([1.0, 0, 0])
+
+
+class WrongRight(Letters):
+    def predictions(self, target, item_ids, **options):
+        found = super().predictions(target, item_ids, **options)
+        return replace(found, right=None if found.right is None else (found.right + 1) % 3)
+
+
+class Answers(Letters):
+    """Says nothing where it is asked for what it does not predict."""
+
+    def predictions(self, target, item_ids, *, over="answers", labels=False, hidden=False):
+        return super().predictions(target, item_ids, labels=labels, hidden=hidden)
+
+
+@pytest.mark.parametrize(
+    ("broken", "test"),
+    [
+        (SeesPadding, "test_predictions_are_those_of_likelihoods"),
+        (OwnOrder, "test_a_batch_of_predictions_is_its_items_one_after_the_other"),
+        (Shares, "test_a_batch_of_predictions_is_its_items_one_after_the_other"),
+        (OneByTheOther, "test_a_batch_of_predictions_is_its_items_one_after_the_other"),
+        (WrongRight, "test_predictions_are_those_of_likelihoods"),
+        (Detached, "test_predictions_have_finite_gradients"),
+        (Peeks, "test_predictions_without_labels_read_none"),
+        (TellsAlways, "test_predictions_without_labels_read_none"),
+        (Answers, "test_what_it_does_not_predict_is_refused"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+@pytest.mark.parametrize("wide", [True, False])
+def test_broken_predictions_are_caught(broken: type[Evaluator], test: str, wide: bool):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(128, 4, mode="sum", padding_idx=0), torch.nn.Linear(4, 3))
+    target = Target(model.requires_grad_(False))
+    context = EvaluatorContext(Path(__file__).parent, {"one": TaskSpec("one")})
+    both = "wide" in inspect.signature(getattr(EvaluatorContract, test)).parameters
+
+    def run(evaluator: type[Evaluator]) -> bool:
+        case = EvaluatorCase(lambda: evaluator(context), target, {"search": 10, "select": 10, "test": 10})
+        errors = (KeyError, RuntimeError, pytest.fail.Exception)
+        return fails(lambda: getattr(EvaluatorContract(), test)(case, *([wide] if both else [])), *errors)
+
+    assert run(broken)
+    assert not run(Letters)
 
 
 def test_what_merge_checks_is_no_matter_of_the_suites():

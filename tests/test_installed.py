@@ -11,6 +11,7 @@ import pytest
 from evomerge import installed
 from evomerge.errors import EvaluatorError, MethodError, SpecError
 from evomerge.evaluation import EvaluatorContext, FunctionEvaluator, TaskSpec, load_evaluator
+from evomerge.losses import find as find_loss
 from evomerge.methods.lookup import find, permit
 from evomerge.plugins import EVALUATOR, METHOD, SEARCHER
 from evomerge.recipe import Recipe
@@ -44,6 +45,13 @@ class Still(Searcher):
     def tell(self, trial):
         pass
 """,
+    "loss.py": """
+from evomerge import Loss
+
+class Margin(Loss):
+    def of(self, mine, expert):
+        return -mine.logits.amax(1).mean()
+""",
     "score.py": """
 def items():
     return [{"task": "one", "text": str(n)} for n in range(9)]
@@ -62,6 +70,7 @@ POINTS = {
     },
     "searchers": {"still": "search:Still", "half": "merge:Half"},
     "evaluators": {"ones": "score:score", "number": "merge:__name__"},
+    "losses": {"margin": "loss:Margin", "half": "merge:Half"},
 }
 
 
@@ -107,6 +116,7 @@ def test_each_kind_is_found_by_name(site: Path, tmp_path: Path):
     assert type(found.method).__name__ == "Half" and found.code is not None
     assert (found.code.package, found.code.path) == ("first-plugins 1.0", "")
     assert find_searcher("still", tmp_path).searcher.name == "Still"
+    assert find_loss("margin", tmp_path).loss.name == "Margin"
     evaluator = load_evaluator("ones", EvaluatorContext(tmp_path, {"one": TaskSpec("one")}))
     assert isinstance(evaluator, FunctionEvaluator) and len(evaluator.load()) == 9
 
@@ -134,8 +144,10 @@ def test_the_hash_is_of_all_code_of_the_package(site: Path):
             "neither a function nor an Evaluator class",
         ),
         (lambda folder: load_evaluator("one", EvaluatorContext(folder, {})), EvaluatorError, "no installed package"),
+        (lambda folder: find_loss("half", folder), SpecError, "must be a class derived from evomerge.Loss"),
+        (lambda folder: find_loss("magrin", folder), SpecError, r"no loss 'magrin'[\s\S]*Did you mean 'margin'"),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_what_cannot_be_used_is_refused_by_name_and_package(site: Path, tmp_path: Path, look, error, problem: str):
     with pytest.raises(error, match=problem):

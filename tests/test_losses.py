@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 from torch import Tensor
 
+from evomerge.errors import CandidateError, SpecError
 from evomerge.evaluation import Predictions
-from evomerge.losses import LOSSES, Loss
+from evomerge.losses import LOSSES, Loss, find
 
 SHARES = [1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 1.0]  # of the rows of 4 items, with 1, 2, 4 and 1 rows
 FIRST = [0, 1, 3, 7, 8]
@@ -241,3 +243,79 @@ def test_what_a_loss_says_it_needs_is_all_that_it_needs(name: str):
 
 def test_the_table_is_by_name():
     assert list(LOSSES) == ["entropy", "cross_entropy", "kl_to_expert", "hidden_mse"]
+
+
+BRIER = """
+from evomerge import Loss
+
+
+class Brier(Loss):
+    name = "brier"
+    labels = True
+
+    def of(self, mine, expert):
+        p = mine.logits.softmax(1)
+        miss = p.square().sum(1) - 2 * p.gather(1, mine.right[:, None])[:, 0] + 1
+        return (miss * mine.weights).sum() / mine.weights.sum()
+"""
+
+
+@pytest.fixture
+def brier(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(BRIER)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["mine.py@Brier", "mine.py@brier", "mine.py"])
+def test_a_file_s_loss_is_a_loss(brier: Path, name: str):
+    found = find(name, brier)
+    assert found.code is not None and len(found.code.sha256) == 64
+    assert (found.loss.name, found.loss.labels, found.loss.teacher) == ("brier", True, False)
+    assert found.loss.needs("answers") == {"answers", "labels"}
+    value = found.loss.of(predictions(np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), [0, 2]), None)
+    by_hand = ((0.5**2 + 0.25**2 + 0.25**2) + (0.1**2 + 0.8**2 + 0.9**2)) / 2
+    assert value.item() == pytest.approx(by_hand)
+    (brier / "mine.py").write_text(BRIER + "\n")
+    other = find(name, brier).code
+    assert other is not None and other.sha256 != found.code.sha256
+
+
+def test_evomerge_s_own_are_found_by_name(tmp_path: Path):
+    assert all(find(name, tmp_path).loss is loss and find(name, tmp_path).code is None for name, loss in LOSSES.items())
+    with pytest.raises(SpecError, match=r"no loss 'entrpy'[\s\S]*Did you mean 'entropy'"):
+        find("entrpy", tmp_path)
+    with pytest.raises(SpecError, match=r"no file 'none.py'"):
+        find("none.py@x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ("class Brier(Loss)", "class Brier", "must define exactly one loss, but defines 0"),
+        ("def of", "def value", "must define exactly one loss, but defines 0"),
+        ("from evomerge import", "import nothing_like_it; from evomerge import", "line 2: ModuleNotFoundError"),
+        ("labels = True", "labels = 'yes'", "labels must be True or False, but is 'yes'"),
+    ],
+)
+def test_broken_code_is_refused_with_its_file(brier: Path, before: str, after: str, problem: str):
+    assert before in BRIER
+    (brier / "mine.py").write_text(BRIER.replace(before, after))
+    with pytest.raises(SpecError, match=problem) as refused:
+        find("mine.py", brier)
+    assert refused.value.where == str(brier / "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (".softmax(1)", ".softmax(7)", r"mine.py, line 10: IndexError"),
+        ("return (miss * mine.weights).sum() / mine.weights.sum()", "return miss", "must give a scalar tensor"),
+        ("return (miss * mine.weights).sum() / mine.weights.sum()", "return 1.0", "scalar tensor, but gave 1.0"),
+    ],
+)
+def test_what_goes_wrong_while_it_runs_is_the_candidates(brier: Path, before: str, after: str, problem: str):
+    assert before in BRIER
+    (brier / "mine.py").write_text(BRIER.replace(before, after))
+    with pytest.raises(CandidateError, match=problem) as failed:
+        find("mine.py", brier).loss.of(predictions(np.zeros((2, 3)), [0, 2]), None)
+    assert failed.value.kind == "error"

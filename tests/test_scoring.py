@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,63 @@ def test_choices_of_one_token_need_one_forward_pass(llama):
         assert widths == [(1, 3), (2, 2)], "continuations with the same beginning share a row"
     finally:
         hook.remove()
+
+
+def test_positions_are_those_of_plain_forward_passes(model_and_tokenizer):
+    """Logits and last hidden states of padded sequences, some of which begin others, in float64."""
+    model = copy.deepcopy(model_and_tokenizer[0]).double()
+    model.set_experts_implementation("eager")  # the grouped product knows no float64
+    draw = random.Random(4)
+    requests = [(tuple(draw.randrange(3, 98) for _ in range(n)), draw.randint(1, n)) for n in (1, 3, 9, 9, 17, 30)]
+    whole = requests[4][0]
+    requests += [(whole[:-2], 1), (whole, 3), (whole, 5), (whole[:-1], 3)]
+    found = scoring.positions(model, requests, hidden=True)
+    assert found.hidden is not None
+    with torch.no_grad():
+        for (tokens, keep), of in zip(requests, found.of, strict=True):
+            alone = model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+            torch.testing.assert_close(found.logits[of], alone.logits[0, -keep:], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(found.hidden[of], alone.hidden_states[-1][0, -keep:], rtol=1e-9, atol=1e-9)
+    assert scoring.positions(model, requests[:2]).hidden is None
+
+
+def test_sequences_that_begin_another_need_no_row_and_no_logits_are_wasted(llama):
+    """The head, with its large vocabulary, sees as many positions a row as the longest answer has tokens."""
+    model, _ = llama
+    shapes = []
+    hooks = [
+        model.register_forward_pre_hook(lambda _m, _a, g: shapes.append(tuple(g["input_ids"].shape)), with_kwargs=True),
+        model.lm_head.register_forward_pre_hook(lambda _m, given: shapes.append(tuple(given[0].shape))),
+    ]
+    context = (4, 5, 6, 7, 8)
+    try:
+        # the answers 1, 2 and 9 1 to a context: two rows would do for three; 9 1 begins with the context and goes on
+        found = scoring.positions(model, [(context, 1), (context, 1), ((*context, 9), 2)])
+        assert shapes == [(1, 6), (1, 2, model.config.hidden_size)]
+        assert [of.tolist() for of in found.of] == [[0], [0], [0, 1]]
+        shapes.clear()
+        # a prompt that another prompt happens to begin with, far from its end, is a row of its own
+        found = scoring.positions(model, [((4,), 1), (context, 1)])
+        assert shapes == [(2, 5), (2, 1, model.config.hidden_size)]
+        assert len(found.logits) == 2
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_gradients_through_padding_are_those_of_each_sequence_alone(llama):
+    model = copy.deepcopy(llama[0]).double()
+    parameters = list(model.parameters())
+    requests = [((5, 6, 7, 8), 2), ((9, 4), 1), ((5, 6, 7), 1)]
+
+    def gradients(found):
+        return torch.autograd.grad(sum(part.square().sum() for part in found), parameters)
+
+    found = scoring.positions(model, requests)
+    together = gradients([found.logits[of] for of in found.of])
+    alone = gradients([model(input_ids=torch.tensor([tokens])).logits[0, -keep:] for tokens, keep in requests])
+    for ours, theirs in zip(together, alone, strict=True):  # transformers takes RMSNorm's variance in float32
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
 def test_a_small_budget_gives_the_same_scores_in_more_passes(llama, monkeypatch):

@@ -132,6 +132,33 @@ def test_texts_one_by_one_without_padding(folder: Path, texts: Target, pooling: 
         check(outcome, tensors["weight"] @ features + tensors["bias"], item.data["label"])
 
 
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", False), ("first", True), ("pooler", False)])
+def test_predictions_of_a_padded_batch(folder: Path, texts: Target, pooling: str, normalize: bool):
+    """Logits and pooled features against plain transformers, a text at a time."""
+    evaluator = make(folder, topic={**TOPIC, "pooling": pooling, "normalize": normalize})
+    from safetensors.torch import load_file
+
+    head = load_file(folder / "head.safetensors")
+    items = evaluator.load()[:7]
+    evaluator.prepare(texts, items)
+    with torch.no_grad():
+        found = evaluator.predictions(texts, [item.id for item in items], labels=True, hidden=True)
+    assert found.hidden is not None and found.right is not None and found.hidden_weights is not None
+    assert found.right.tolist() == [item.data["label"] for item in items]
+    assert found.weights.tolist() == found.hidden_weights.tolist() == [1] * 7
+    for n, item in enumerate(items):
+        with torch.no_grad():
+            output = texts.model(**texts.tokenizer(item.text, return_tensors="pt"))
+        features = {
+            "mean": output.last_hidden_state[0].mean(0),
+            "first": output.last_hidden_state[0, 0],
+            "pooler": output.pooler_output[0],
+        }[pooling]
+        torch.testing.assert_close(found.hidden[n], features, rtol=1e-4, atol=1e-5)
+        features = features / features.norm() if normalize else features
+        torch.testing.assert_close(found.logits[n], head["weight"] @ features + head["bias"], rtol=1e-4, atol=1e-4)
+
+
 def test_images_one_by_one(folder: Path, images: Target):
     from safetensors.torch import load_file
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from evomerge.errors import EvaluatorError
@@ -300,6 +301,80 @@ def test_unknown_options_and_folders_are_refused(tasks_folder):
         load_evaluator(str(HARNESS), EvaluatorContext(tasks_folder, tasks, {"include_paths": "."})).load()
     with pytest.raises(EvaluatorError, match="is not a folder"):
         load_evaluator(str(HARNESS), EvaluatorContext(tasks_folder, tasks, {"include_path": "nowhere"})).load()
+
+
+def test_predictions_without_labels_need_none(target, tasks_folder, monkeypatch):
+    """Documents whose labels nobody may look at, once the prompts are made."""
+    tasks: dict[str, dict] = {name: {} for name in ("choice", "shots", "blank", "write", "last_word", "whole")}
+    harness: Any = evaluator(tasks_folder, **tasks)
+    items = harness.load()
+    harness.prepare(target, items)
+
+    def asked(labels: bool) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [
+                harness.predictions(
+                    target, [i.id for i in items if i.task == name][:3], over=over, labels=labels
+                ).logits
+                for name in tasks
+                for over in sorted(harness.predicts(name) & {"answers", "tokens"})
+            ]
+
+    expected = asked(labels=False)
+    for task in harness.tasks.values():
+        for name in ("_right", "answer_pairs"):
+            monkeypatch.setattr(task, name, None)
+        monkeypatch.setattr(task.lm, "doc_to_target", None)
+    for ours, theirs in zip(asked(labels=False), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(TypeError):
+        asked(labels=True)
+
+
+def test_unlabelled_tokens_are_those_after_the_prompt(target, tasks_folder):
+    """One row an item, where the greedy answer begins; of choices that are contexts, one row each."""
+    harness: Any = evaluator(tasks_folder, write={}, choice={}, blank={})
+    items = harness.load()
+    harness.prepare(target, items)
+    for name in ("write", "choice", "blank"):
+        some = [item for item in items if item.task == name][:4]
+        with torch.no_grad():
+            found = harness.predictions(target, [item.id for item in some], over="tokens")
+        rows = 4 if name == "blank" else 1
+        assert found.right is None
+        assert found.weights.tolist() == [1 / rows] * (4 * rows)
+        for n, item in enumerate(some):
+            texts = dict.fromkeys(instance.args[0] for instance in harness._instances[item.id])
+            for k, text in enumerate(texts):
+                ids = torch.tensor([target.tokenizer.encode(text)])
+                with torch.no_grad():
+                    logits = target.model(input_ids=ids).logits[0, -1]
+                assert (found.logits[rows * n + k] - logits).abs().max() < 1e-4
+
+
+def test_a_label_that_is_not_there_is_an_error_only_where_labels_are_asked_for(target, tasks_folder, monkeypatch):
+    harness: Any = evaluator(tasks_folder, choice={})
+    items = harness.load()[:3]
+    harness.prepare(target, items)
+    ids = [item.id for item in items]
+    monkeypatch.setattr(harness.tasks["choice"].lm, "doc_to_target", lambda doc: -1)
+    with pytest.raises(EvaluatorError, match="no right choice"):
+        harness.predictions(target, ids, labels=True)
+    assert harness.predictions(target, ids).logits.shape == (3, 4)
+
+
+def test_predictions_are_of_one_task_and_of_items_that_are_there_once(target, tasks_folder):
+    harness: Any = evaluator(tasks_folder, choice={}, write={})
+    items = harness.load()
+    harness.prepare(target, items)
+    ids = [next(item.id for item in items if item.task == task) for task in ("choice", "write")]
+    for wrong in (ids, [ids[0], ids[0]], []):
+        with pytest.raises(ValueError, match="items of one task"):
+            harness.predictions(target, wrong, over="tokens")
+    with pytest.raises(ValueError, match="not 'labels'"):
+        harness.predictions(target, ids[:1], over="labels")
+    with pytest.raises(NotImplementedError, match="asked for answers"):
+        harness.predictions(target, ids[1:])
 
 
 class TestHarnessContract(EvaluatorContract):

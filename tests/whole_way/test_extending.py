@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from evomerge import Predictions
+from evomerge.losses import find as find_loss
 
 from .support import Server, candidates, evomerge
 
@@ -40,7 +44,8 @@ def edit(file: Path, before: str, after: str) -> None:
 
 
 def test_each_is_under_40_lines():
-    assert set(BLOCKS) == {"experiment.yaml", "my_methods.py", "my_search.py", "my_eval.py", "test_plugins.py"}
+    plugins = {"my_methods.py", "my_search.py", "my_eval.py", "my_losses.py"}
+    assert set(BLOCKS) == {"experiment.yaml", *plugins, "test_plugins.py"}
     assert all(len(text.splitlines()) < 40 for text in BLOCKS.values())
 
 
@@ -52,6 +57,14 @@ def test_the_plug_ins_hold_their_contracts(tmp_path: Path):
     passed = int(re.search(r"(\d+) passed", run.stdout)[1])  # type: ignore[index]
     assert passed > 70
     assert "failed" not in run.stdout and "error" not in run.stdout
+
+
+def test_the_loss_is_one(tmp_path: Path):
+    write_blocks(tmp_path)
+    loss = find_loss("my_losses.py@brier", tmp_path).loss
+    assert loss.needs("answers") == {"answers", "labels"}
+    even = Predictions(torch.zeros(1, 2), torch.ones(1), torch.tensor([1]))
+    assert loss.of(even, None).item() == 0.5  # 0.5 squared, twice
 
 
 def test_an_experiment_with_all_three(server: Server, documented: Path, tmp_path: Path):
