@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import ResourceError
 from evomerge.merging import Merger, open_sources
-from evomerge.placement import parameter_names, place, refuse_offloaded
+from evomerge.placement import Placement, owners, parameter_names, part_of, place, refuse_offloaded
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.testing import tiny
 
@@ -29,6 +29,21 @@ def test_fused_experts_are_reached_in_place(moe_family: Path):
     assert all(torch.equal(view, tensors[name]) for name, view in placement.views.items())
     storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert {view.untyped_storage().data_ptr() for view in placement.views.values()} == storages
+
+
+def test_parts_of_what_is_known_of_a_parameter():
+    """By views into it, whatever the strides and offsets of the parameter and of the values are."""
+    memory = torch.arange(40.0)
+    parameter = torch.nn.Parameter(memory[4:34].view(5, 6))
+    other = torch.nn.Parameter(torch.zeros(3))
+    views = {"rows": parameter.detach()[1:3], "column": parameter.detach()[:, 4], "buffer": torch.zeros(2)}
+    held = owners(Placement(views=views), [parameter, other])
+    assert held.keys() == {"rows", "column"} and all(p is parameter for p in held.values())
+    numbers = torch.arange(100.0, 130.0).view(5, 6)
+    inside = torch.zeros(50)[7:37].view(5, 6).copy_(numbers)
+    for values in (numbers, numbers.t().contiguous().t(), inside, numbers[:1].expand(5, 6)):
+        assert torch.equal(part_of(values, parameter, views["rows"]), values[1:3])
+        assert torch.equal(part_of(values, parameter, views["column"]), values[:, 4])
 
 
 def test_split_tensors_go_through_transformers():
