@@ -55,11 +55,14 @@ minilm: $(VENV)/.installed  ## build experiments/minilm_topics (once; 5 minutes)
 	$(BIN)/python experiments/minilm_topics/build.py
 	$(BIN)/evomerge run experiments/minilm_topics/experiment.yaml
 
+# Tests run in two processes (make test JOBS=0: in one). Tests that start Ray stay in one of them, one after another.
+JOBS ?= 2
+
 test: $(VENV)/.installed-dev  ## the fast tests
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests: faults, real families
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .

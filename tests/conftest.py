@@ -16,6 +16,16 @@ import pytest
 
 # A short path: Unix sockets (Ray, PostgreSQL) below it must stay under 108 bytes.
 SESSION = Path(tempfile.mkdtemp(prefix="evomerge-"))
+# The processes of one run (pytest -n 2) share what evomerge keeps by its content. Compiled loops, which are kept by the
+# source of all of them, outlive the run: making them takes longer than most tests.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    CACHE = Path(os.environ["EVOMERGE_CACHE"])
+else:
+    CACHE = SESSION / "evomerge"
+    LOOPS = Path(__file__).parents[1] / ".pytest_cache" / "loops"
+    LOOPS.mkdir(parents=True, exist_ok=True)
+    CACHE.mkdir()
+    (CACHE / "loops").symlink_to(LOOPS)
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -24,7 +34,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HOME=str(SESSION / "huggingface"),
     XDG_CACHE_HOME=str(SESSION / "cache"),
-    EVOMERGE_CACHE=str(SESSION / "evomerge"),
+    EVOMERGE_CACHE=str(CACHE),
     TRANSFORMERS_VERBOSITY="error",
     TOKENIZERS_PARALLELISM="false",
     TQDM_DISABLE="1",
@@ -49,8 +59,16 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run when they are asked for: by ``-m slow``, or by name (``pytest tests/x.py::test_y``)."""
+    """Slow tests run when they are asked for: by ``-m slow``, or by name (``pytest tests/x.py::test_y``).
+
+    Where tests are dealt out in groups (``-n 2 --dist loadgroup``) a file stays together, as its fixtures ask for, and
+    all that start Ray stay in one process, so that there is one Ray at a time.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
     slow = [item for item in items if "slow" in item.keywords]

@@ -27,6 +27,8 @@ from evomerge.testing.pools import (
     wait_until_gone,
 )
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> WorkerSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from threading import Lock
 
 import psutil
+
+from .server import Forked
 
 # Scores a text by log-likelihood, as tiny.EVALUATOR does. Each call writes the worker's pid to calls.txt, by which a
 # test sees how far a search is and whom to kill, and takes a time that depends on the weights alone: with several
@@ -78,7 +83,7 @@ def start(*arguments: str | Path, cwd: Path | None = None, **environment: str) -
     )
 
 
-def end(process: subprocess.Popen[str], *, seconds: float = 400) -> Run:
+def end(process: subprocess.Popen[str] | Started, *, seconds: float = 400) -> Run:
     """Wait for ``process``; one that does not end is killed, and the test fails with what it said."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -101,35 +106,68 @@ def expect(run: Run, code: int | None) -> Run:
     return run
 
 
+class Started(Forked):
+    """A command line that a ``Server`` has started, with what it prints in files."""
+
+    def __init__(self, server: str, folder: Path, arguments: tuple[str | Path, ...], cwd: Path | None, **environment):
+        self._files = [folder / name for name in ("out", "err", "report")]
+        request = {
+            "arguments": [str(a) for a in arguments], "cwd": str(cwd or Path.cwd()), "environment": environment,
+            "report": str(self._files[2]),
+        }  # fmt: skip
+        with self._files[0].open("w") as out, self._files[1].open("w") as err:
+            super().__init__(server, request, [out.fileno(), err.fileno()])
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._files[0].read_text(), self._files[1].read_text()
+
+    @property
+    def model_modules(self) -> tuple[str, ...]:
+        """The code of models that it loaded; for one that was not killed."""
+        return tuple(json.loads(self._files[2].read_text()))
+
+
 class Server:
     """Runs command lines in processes forked from one that has imported what they need (see server.py)."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="server-"))
+        self._count = count()
+        self._starts = Lock()
 
-    def run(self, *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, **environment: str) -> Run:
+    def start(self, *arguments: str | Path, cwd: Path | None = None, **environment: str) -> Started:
+        """`evomerge ARGUMENTS` in a session of its own; several may run at once."""
+        with self._starts:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("server.py")), str(self._folder / "socket")],
+                    env={**os.environ, "PYTHONHASHSEED": "0"},  # as workers have it
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+                assert self._process.stdout is not None
+                assert self._process.stdout.readline() == "ready\n"
+            folder = self._folder / str(next(self._count))
+            folder.mkdir()
+        return Started(str(self._folder / "socket"), folder, arguments, cwd, **environment)
+
+    def run(
+        self, *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 400, **environment
+    ) -> Run:
         """Run `evomerge ARGUMENTS` and expect ``code`` (None: any)."""
-        if self._process is None:
-            command = [sys.executable, str(Path(__file__).with_name("server.py"))]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            request = {
-                "arguments": [str(a) for a in arguments], "cwd": str(cwd or Path.cwd()), "environment": environment,
-                "out": str(out), "err": str(err),
-            }  # fmt: skip
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline())
-            run = Run(answer["code"], out.read_text(), err.read_text(), tuple(answer["model_modules"]))
-        return expect(run, code)
+        process = self.start(*arguments, cwd=cwd, **environment)
+        run = end(process, seconds=seconds)
+        return expect(Run(run.code, run.out, run.err, process.model_modules), code)
 
     def close(self) -> None:
         if self._process is not None:
             kill_tree(self._process.pid)
             self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def kill_tree(pid: int) -> None:
@@ -190,12 +228,12 @@ def files(folder: Path) -> set[str]:
     return {name for name in found if "__pycache__" not in name}
 
 
-def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
+def send(process: subprocess.Popen[str] | Started, number: signal.Signals) -> None:
     """What a terminal (Ctrl-C) or a scheduler sends: to the driver alone. Workers must not die of it."""
     os.kill(process.pid, number)
 
 
-def send_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+def send_group(process: subprocess.Popen[str] | Started, number: signal.Signals) -> None:
     """What Ctrl-C in a terminal really does: the whole process group of the foreground gets it."""
     os.killpg(process.pid, number)
 

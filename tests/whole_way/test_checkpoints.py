@@ -55,10 +55,10 @@ def engine_of(path: Path) -> tuple[int, int]:
     return engine, child
 
 
-def test_killed_at_any_point_nothing_stays_behind(search: Callable[..., Path]):
+def test_killed_at_any_point_nothing_stays_behind(server: Server, search: Callable[..., Path]):
     """The worker, and then the driver, are killed while the program runs; a resume ends as if nothing had been."""
     alone, path = search(), search()
-    evomerge("run", alone)
+    server.run("run", alone)
     scratch, mode = path.parent / "scratch", path.parent / "mode"
     mode.write_text("hang")
     driver = start("run", path)
@@ -75,16 +75,17 @@ def test_killed_at_any_point_nothing_stays_behind(search: Callable[..., Path]):
         end(driver)
         wait_for(lambda: not any(alive(pid) for pid in second), why="the program ending with its driver")
         mode.unlink()
-        evomerge("resume", path)
+        server.run("resume", path)
     finally:
         kill_tree(driver.pid)
     assert candidates(path) == candidates(alone)
     assert list(scratch.iterdir()) == []
 
 
-def test_two_workers_on_ray_give_the_same_study(search: Callable[..., Path]):
+@pytest.mark.xdist_group("ray")
+def test_two_workers_on_ray_give_the_same_study(server: Server, search: Callable[..., Path]):
     alone, path = search(), search(count=2, cpus=0.5)
-    evomerge("run", alone)
+    server.run("run", alone)
     evomerge("run", path)
     assert candidates(path) == candidates(alone)
     assert list((path.parent / "scratch").iterdir()) == []

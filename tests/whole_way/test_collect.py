@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from evomerge.checkpoints import content_hash
 from evomerge.testing import tiny
 
-from .support import Server, end, evomerge, json_of, send, start, store, wait_for
+from .support import Server, end, json_of, send, store, wait_for
 
 TASKS = {"expert0": {"file": "zero.txt", "unit": "line"}, "expert1": {"file": "one.txt", "unit": "line"}}
 SPLIT = {"search": 10, "select": 6, "test": 6}
@@ -184,7 +184,7 @@ def slow(experiment: Path) -> Path:
 def test_killed_and_typed_again_gives_the_same_files(slow: Path, server: Server):
     undisturbed, folder = slow.parent / "undisturbed", slow.parent / "measured"
     server.run("collect", slow, "--what", "fisher", "--out", undisturbed)
-    process = start("collect", slow, "--what", "fisher")
+    process = server.start("collect", slow, "--what", "fisher")
     wait_for((folder / "expert0.fisher.safetensors").exists)
     process.kill()
     end(process)
@@ -198,21 +198,21 @@ def test_killed_and_typed_again_gives_the_same_files(slow: Path, server: Server)
 
 
 @pytest.mark.slow
-def test_ctrl_c(slow: Path):
+def test_ctrl_c(slow: Path, server: Server):
     folder = slow.parent / "measured"
-    process = start("collect", slow, "--what", "gram")
+    process = server.start("collect", slow, "--what", "gram")
     wait_for((folder / "expert0.gram.safetensors").exists)
     send(process, signal.SIGINT)
     stopped = end(process)
     assert stopped.code == 130
     assert "type the same again" in stopped.err and "Traceback" not in stopped.err
     assert {p.name for p in folder.iterdir()} == {"expert0.gram.safetensors"}
-    assert "1 of 2 files" in evomerge("collect", slow, "--what", "gram").err
+    assert "1 of 2 files" in server.run("collect", slow, "--what", "gram").err
 
 
 @pytest.mark.slow
 def test_two_at_once(slow: Path, server: Server):
-    process = start("collect", slow, "--what", "fisher")
+    process = server.start("collect", slow, "--what", "fisher")
     wait_for((slow.parent / "measured").exists)
     wait_for(
         lambda: (

@@ -142,12 +142,13 @@ def test_changed_code_is_drift(server: Server, documented: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_ray_workers_run_the_same_files(documented: Path):
+@pytest.mark.xdist_group("ray")
+def test_ray_workers_run_the_same_files(server: Server, documented: Path):
     """Each worker loads the plug-ins from their files; none was sent to it."""
     alone = documented.parent.parent / "alone"
     shutil.copytree(documented.parent, alone)
     evomerge("run", documented, "--workers", "2")
-    evomerge("run", alone / "experiment.yaml")
+    server.run("run", alone / "experiment.yaml")
     assert [t[:5] for t in candidates(documented, "mine")[:12]] == [
         t[:5] for t in candidates(alone / "experiment.yaml", "mine")[:12]
     ]
@@ -206,8 +207,8 @@ def test_an_installed_package(documented: Path, package: dict[str, str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_package_s_faults_are_those_of_who_names_it(documented: Path, package: dict[str, str]):
-    listed = " ".join(evomerge("methods", **package).out.split())
+def test_a_package_s_faults_are_those_of_who_names_it(server: Server, documented: Path, package: dict[str, str]):
+    listed = " ".join(server.run("methods", **package).out.split())
     assert re.search(r"median +the base plus the median .*\(from my-package 1.0\)", listed)
     assert re.search(r"broken +cannot be used: .*my-package 1.0 .*nowhere", listed)
     assert re.search(r"ties +cannot be used: method 'ties' is evomerge's own, .* my-package 1.0 offers", listed)
@@ -219,8 +220,8 @@ def test_a_package_s_faults_are_those_of_who_names_it(documented: Path, package:
     ]:
         text = documented.read_text()
         edit(documented, "my_methods.py@median", name)
-        assert re.search(problem, evomerge("run", "--dry-run", documented, code=2, **package).err)
+        assert re.search(problem, server.run("run", "--dry-run", documented, code=2, **package).err)
         documented.write_text(text)
-    evomerge("run", "--dry-run", documented, **package)
+    server.run("run", "--dry-run", documented, **package)
     edit(documented, "my_eval.py@score", "lettres")
-    assert "Did you mean 'letters'" in evomerge("run", "--dry-run", documented, code=2, **package).err
+    assert "Did you mean 'letters'" in server.run("run", "--dry-run", documented, code=2, **package).err

@@ -18,6 +18,7 @@ import pytest
 
 from .support import (
     Server,
+    Started,
     alive,
     calls,
     candidates,
@@ -65,11 +66,14 @@ def assert_whole(path: Path) -> None:
     assert {t.state for t in trials} == {"complete"}
 
 
-def disturb(path: Path, chance: random.Random, *options: str) -> None:
-    """Start the study at ``path``; kill -9 a worker at one random moment and the driver at a later one; resume."""
+def disturb(path: Path, chance: random.Random, *options: str, server: Server | None = None) -> None:
+    """Start the study at ``path``; kill -9 a worker at one random moment and the driver at a later one; resume.
+
+    Driver and workers are processes of ``server``, or else new interpreters.
+    """
     driver_at = chance.randrange(13, 13 + BUDGET)
     worker_at = chance.randrange(1, driver_at)
-    driver = start("run", path, *options)
+    driver = (server.start if server else start)("run", path, *options)
     try:
         wait_for(lambda: len(calls(path.parent)) >= worker_at or driver.poll() is not None, why="a first evaluation")
         assert driver.poll() is None, end(driver).text
@@ -85,16 +89,23 @@ def disturb(path: Path, chance: random.Random, *options: str) -> None:
         wait_for(lambda: not any(alive(pid) for pid in set(calls(path.parent))), why="workers ending with their driver")
     finally:
         kill_tree(driver.pid)
-    evomerge("resume", path, *options, seconds=500)
+    (server.run if server else evomerge)("resume", path, *options, seconds=500)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_kill_9_of_worker_and_driver(many: Callable[..., Path], method: str):
-    """Ten studies with seeds of their own, each with a worker and then the driver killed at random moments."""
+def test_kill_9_of_worker_and_driver(server: Server, many: Callable[..., Path], method: str):
+    """Ten studies with seeds of their own, each with a worker and then the driver killed at random moments.
 
+    The first of each ten has interpreters of its own, as users have; the others are spared the imports.
+    """
     paths = [slow_experiment(many, pause=0.06, method=method, seed=seed) for seed in range(10)]
     with ThreadPoolExecutor(max_workers=2) as threads:
-        list(threads.map(lambda seed: disturb(paths[seed], random.Random(f"{method} {seed}")), range(10)))
+        list(
+            threads.map(
+                lambda seed: disturb(paths[seed], random.Random(f"{method} {seed}"), server=server if seed else None),
+                range(10),
+            )
+        )
     lost = 0
     for seed, path in enumerate(paths):
         assert_whole(path)
@@ -140,14 +151,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 HALF = {"workers": {"count": 1, "cpus": 0.5, "threads": 1}}
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("method", METHODS)
-def test_one_two_and_four_workers(many: Callable[..., Path], cluster: str, method: str):
+def test_one_two_and_four_workers(server: Server, many: Callable[..., Path], cluster: str, method: str):
     """The same study from 1, 2 and 4 workers of half a CPU, though candidates finish in a shuffled order."""
     alone = slow_experiment(many, pause=0.0, method=method, seed=3, **HALF)
     undisturbed(alone)
     for count in (1, 2, 4):
         path = slow_experiment(many, pause=0.15, method=method, seed=3, **HALF)
-        evomerge("run", path, "--workers", str(count), "--address", cluster, seconds=500)
+        there = ("--workers", str(count), "--address", cluster)
+        server.run("run", path, *there, seconds=500, RAY_AUTH_MODE=os.environ["RAY_AUTH_MODE"])
         assert_whole(path)
         assert len(set(calls(path.parent))) == count
         assert candidates(path) == candidates(alone), f"{count} workers"
@@ -157,6 +170,7 @@ def test_one_two_and_four_workers(many: Callable[..., Path], cluster: str, metho
             assert [t.n for t in ended] != list(range(BUDGET)), "the order of completion was not shuffled"
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_9_on_ray(many: Callable[..., Path], cluster: str, method: str):
     """As above with two Ray workers: an actor is killed, then the driver."""
@@ -168,6 +182,7 @@ def test_kill_9_on_ray(many: Callable[..., Path], cluster: str, method: str):
     assert candidates(path) == candidates(alone)
 
 
+@pytest.mark.xdist_group("ray")
 def test_ray_of_its_own(many: Callable[..., Path]):
     """Without an address, two workers bring a Ray of their own, and leave nothing of it behind."""
     alone = slow_experiment(many, pause=0.0, method="random", seed=5, **HALF)
@@ -193,9 +208,9 @@ def small(many: Callable[..., Path], *, pause: float) -> Path:
     return slow_experiment(many, pause=pause, search={"method": "random", "budget": 4})
 
 
-def running(path: Path, *, after: int) -> subprocess.Popen[str]:
+def running(server: Server, path: Path, *, after: int) -> Started:
     """A driver of the study at ``path`` that is in its evaluation number ``after``."""
-    driver = start("run", path)
+    driver = server.start("run", path)
     wait_for(lambda: len(calls(path.parent)) >= after or driver.poll() is not None, why="evaluations")
     assert driver.poll() is None, driver.communicate()
     return driver
@@ -206,9 +221,9 @@ def stored(path: Path) -> int:
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
-def test_stopped_once_drains(many: Callable[..., Path], how: str):
+def test_stopped_once_drains(server: Server, many: Callable[..., Path], how: str):
     path = small(many, pause=2.0)
-    driver = running(path, after=3)
+    driver = running(server, path, after=3)
     before = stored(path)
     send_group(driver, signal.SIGINT) if how == "Ctrl-C" else send(driver, signal.SIGTERM)
     run = end(driver, seconds=400)
@@ -217,12 +232,13 @@ def test_stopped_once_drains(many: Callable[..., Path], how: str):
     assert "Traceback" not in run.err, run.err
     assert stored(path) == len(calls(path.parent)) > before, "what was running should have been stored"
     assert not any(alive(pid) for pid in calls(path.parent))
-    evomerge("resume", path, seconds=400)
+    server.run("resume", path)
     alone = small(many, pause=0.0)
     undisturbed(alone)
     assert candidates(path) == candidates(alone)
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("workers", [1, 2], ids=["a child", "Ray"])
 @pytest.mark.parametrize("later", [0.2, 2.5, 4.5])
 def test_stopped_while_workers_start(many: Callable[..., Path], workers: int, later: float):
@@ -243,9 +259,9 @@ def test_stopped_while_workers_start(many: Callable[..., Path], workers: int, la
     assert not any(alive(pid) for pid in calls(path.parent))
 
 
-def test_stopped_twice_drops(many: Callable[..., Path]):
+def test_stopped_twice_drops(server: Server, many: Callable[..., Path]):
     path = small(many, pause=300.0)
-    driver = running(path, after=1)
+    driver = running(server, path, after=1)
     send_group(driver, signal.SIGINT)
     time.sleep(0.3)
     began = time.monotonic()
@@ -262,8 +278,7 @@ def test_stopped_twice_drops(many: Callable[..., Path]):
 
 def test_two_drivers_and_stop(server: Server, many: Callable[..., Path]):
     path = small(many, pause=10.0)
-    server.run("methods")  # the server is ready, so that the next two come while the driver runs
-    driver = running(path, after=1)
+    driver = running(server, path, after=1)
     second = server.run("resume", path, code=2)
     assert str(driver.pid) in second.err
     assert socket.gethostname() in second.err
@@ -294,13 +309,13 @@ call = len((HERE / "calls.txt").read_text().splitlines())
 """
 
 
-def test_failures_are_trials_with_a_reason(many: Callable[..., Path]):
+def test_failures_are_trials_with_a_reason(server: Server, many: Callable[..., Path]):
     path = slow_experiment(
         many, pause=0.0, search={"method": "cma", "budget": 14, "population": 4}, workers={"timeout": 5, "retries": 2}
     )
     code = (path.parent / "my_eval.py").read_text()
     (path.parent / "my_eval.py").write_text(code.replace("    weights = b", f"    {UNRULY.strip()}\n    weights = b"))
-    run = evomerge("run", path, code=None, seconds=400)
+    run = server.run("run", path, code=None)
     assert run.code in (0, 3), run.text
     trials = store(path).trials()
     assert len(trials) == 14
@@ -309,7 +324,7 @@ def test_failures_are_trials_with_a_reason(many: Callable[..., Path]):
     assert kinds == ["error", "incomplete", "lost", "nan", "nan", "timeout"], failed
     assert any("did not like this one" in str(reason) for reason in failed.values())
     assert all(t.score is None for t in trials if t.state == "fail")
-    board = json_of(evomerge("leaderboard", path, "--format", "json"))
+    board = json_of(server.run("leaderboard", path, "--format", "json"))
     assert not {f"trial:{n}" for n in failed} & {row["subject"] for row in board["select"]}
     attempts = store(path).attempts()
     assert sum(a.state == "lost" for a in attempts) == 4
@@ -350,7 +365,7 @@ def score(model, tokenizer, items):
 """
 
 
-def test_a_planted_candidate_does_not_win(many: Callable[..., Path]):
+def test_a_planted_candidate_does_not_win(server: Server, many: Callable[..., Path]):
     """Best of all on search, worst of the re-tested on select: it is not the winner."""
     path = slow_experiment(
         many,
@@ -364,11 +379,11 @@ def test_a_planted_candidate_does_not_win(many: Callable[..., Path]):
         },
     )
     (path.parent / "my_eval.py").write_text(PLANTED)
-    evomerge("run", path)
+    server.run("run", path)
     trials = [t for t in store(path).trials() if t.state == "complete"]
     planted = f"trial:{max(trials, key=lambda t: t.score).n}"
     finalists = [e for e in store(path).evaluations(split="select") if e.subject.startswith("trial:")]
     assert min(finalists, key=lambda e: e.objective).subject == planted
     assert len(finalists) == 4
-    board = json_of(evomerge("leaderboard", path, "--format", "json"))
+    board = json_of(server.run("leaderboard", path, "--format", "json"))
     assert board["winner"] == max(finalists, key=lambda e: e.objective).subject != planted

@@ -13,11 +13,13 @@ from hub_server import serve
 from evomerge.recipe import Recipe
 from evomerge.testing import tiny
 
-from .support import candidates, evomerge, store
+from .support import Server, candidates, evomerge, store
 
 
 @pytest.mark.slow
-def test_a_study_keeps_to_its_commits(experiment: Callable[..., Path], lora_family: Path, tmp_path: Path):
+def test_a_study_keeps_to_its_commits(
+    server: Server, experiment: Callable[..., Path], lora_family: Path, tmp_path: Path
+):
     """The branch moves after the start; a machine with an empty cache resumes, exports and repeats the export."""
     settings = {
         "base": "org/base",
@@ -30,7 +32,7 @@ def test_a_study_keeps_to_its_commits(experiment: Callable[..., Path], lora_fami
     )
     for folder in ("base", "expert0"):
         shutil.rmtree(path.parent / folder)
-    evomerge("run", plain, "--budget", "4")
+    server.run("run", plain, "--budget", "4")
     with serve(tmp_path / "published") as hub:
         commit = hub.publish("org/base", lora_family / "base")
         first = hub.publish("org/first", lora_family / "expert0", branch="v1")

@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from .support import candidates, end, evomerge, json_of, kill_tree, start, store, wait_for
+from .support import Server, candidates, end, json_of, kill_tree, store, wait_for
 from .test_faults import undisturbed
 
 OBJECTIVE = {
@@ -47,9 +47,9 @@ def url_at(path: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_objectives_killed_resumed_and_exported(many: Callable[..., Path], tmp_path: Path):
+def test_two_objectives_killed_resumed_and_exported(server: Server, many: Callable[..., Path], tmp_path: Path):
     path = experiment(many)
-    driver = start("run", path)
+    driver = server.start("run", path)
     try:
         wait_for(lambda: trials_at(path) >= 8 or driver.poll() is not None, why="eight trials", every=0.05)
         driver.kill()
@@ -57,7 +57,7 @@ def test_two_objectives_killed_resumed_and_exported(many: Callable[..., Path], t
     finally:
         kill_tree(driver.pid)
     assert trials_at(path) < BUDGET
-    evomerge("resume", path)
+    server.run("resume", path)
     alone = experiment(many)
     undisturbed(alone)
     assert candidates(path) == candidates(alone)
@@ -82,7 +82,7 @@ def test_two_objectives_killed_resumed_and_exported(many: Callable[..., Path], t
         missed = [(1.02 * base[t] - at[t]) / abs(base[t]) for t in own]
         assert list(trial.constraints.values()) == pytest.approx(missed)
 
-    board = json_of(evomerge("leaderboard", path, "--format", "json"))
+    board = json_of(server.run("leaderboard", path, "--format", "json"))
     assert board["objectives"] == ["one", "two"]
     rows = {row["subject"]: row for row in board["select"]}
     feasible = [row for row in board["select"] if not row["misses"]]
@@ -98,15 +98,15 @@ def test_two_objectives_killed_resumed_and_exported(many: Callable[..., Path], t
     assert board["winner"] == max(able, key=lambda row: row["score"]["value"])["subject"]
 
     other = next(s for s in rows if s.startswith("trial:") and s != board["winner"])
-    evomerge("export", path, "--trial", other.removeprefix("trial:"), "--out", tmp_path / "merged")
+    server.run("export", path, "--trial", other.removeprefix("trial:"), "--out", tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "objective one" in card and "relative to its own expert's" in card
-    again = json_of(evomerge("evaluate", tmp_path / "merged", path, "--compare", "--format", "json"))
+    again = json_of(server.run("evaluate", tmp_path / "merged", path, "--compare", "--format", "json"))
     assert again["objective"] == rows[other]["score"]["value"]
     assert again["misses"] == rows[other]["misses"]
-    shown = evomerge("show", path, other.removeprefix("trial:")).out
+    shown = server.run("show", path, other.removeprefix("trial:")).out
     assert f"objective {again['objective']:.4f}" in shown
-    summary = evomerge("studies", "--storage", url_at(path)).out
+    summary = server.run("studies", "--storage", url_at(path)).out
     trials = [t.score for t in study.trials() if not t.violation]
     assert not trials or f"{max(trials):.3f}" in summary
 
