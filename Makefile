@@ -62,7 +62,7 @@ test: $(VENV)/.installed-dev  ## the fast tests
 	@$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests: faults, real families
-	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup
+	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -7,10 +7,12 @@ themselves. Processes that a test starts inherit it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,22 +61,31 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run when they are asked for: by ``-m slow``, or by name (``pytest tests/x.py::test_y``).
-
-    Where tests are dealt out in groups (``-n 2 --dist loadgroup``) a file stays together, as its fixtures ask for, and
-    all that start Ray stay in one process, so that there is one Ray at a time.
-    """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Slow tests run when they are asked for: by ``-m slow``, or by name (``pytest tests/x.py::test_y``)."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
     slow = [item for item in items if "slow" in item.keywords]
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+RAY = re.compile(r"test_cluster\.py|[\W_]ray(?![a-z])", re.IGNORECASE)  # tests that start Ray say so in their names
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``-n 2 --dist loadfile`` keeps files together, and all tests that start Ray: there is one Ray at a time."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "Ray" if RAY.search(nodeid) else super()._split_scope(nodeid)
+
+    return OneRay(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

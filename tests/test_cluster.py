@@ -27,8 +27,6 @@ from evomerge.testing.pools import (
     wait_until_gone,
 )
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> WorkerSpec:

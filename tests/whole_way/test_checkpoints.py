@@ -82,7 +82,6 @@ def test_killed_at_any_point_nothing_stays_behind(server: Server, search: Callab
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.xdist_group("ray")
 def test_two_workers_on_ray_give_the_same_study(server: Server, search: Callable[..., Path]):
     alone, path = search(), search(count=2, cpus=0.5)
     server.run("run", alone)

@@ -142,7 +142,6 @@ def test_changed_code_is_drift(server: Server, documented: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_ray_workers_run_the_same_files(server: Server, documented: Path):
     """Each worker loads the plug-ins from their files; none was sent to it."""
     alone = documented.parent.parent / "alone"

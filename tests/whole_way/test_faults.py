@@ -151,9 +151,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 HALF = {"workers": {"count": 1, "cpus": 0.5, "threads": 1}}
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("method", METHODS)
-def test_one_two_and_four_workers(server: Server, many: Callable[..., Path], cluster: str, method: str):
+def test_one_two_and_four_workers_on_ray(server: Server, many: Callable[..., Path], cluster: str, method: str):
     """The same study from 1, 2 and 4 workers of half a CPU, though candidates finish in a shuffled order."""
     alone = slow_experiment(many, pause=0.0, method=method, seed=3, **HALF)
     undisturbed(alone)
@@ -170,7 +169,6 @@ def test_one_two_and_four_workers(server: Server, many: Callable[..., Path], clu
             assert [t.n for t in ended] != list(range(BUDGET)), "the order of completion was not shuffled"
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_9_on_ray(many: Callable[..., Path], cluster: str, method: str):
     """As above with two Ray workers: an actor is killed, then the driver."""
@@ -182,7 +180,6 @@ def test_kill_9_on_ray(many: Callable[..., Path], cluster: str, method: str):
     assert candidates(path) == candidates(alone)
 
 
-@pytest.mark.xdist_group("ray")
 def test_ray_of_its_own(many: Callable[..., Path]):
     """Without an address, two workers bring a Ray of their own, and leave nothing of it behind."""
     alone = slow_experiment(many, pause=0.0, method="random", seed=5, **HALF)
@@ -238,7 +235,6 @@ def test_stopped_once_drains(server: Server, many: Callable[..., Path], how: str
     assert candidates(path) == candidates(alone)
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("workers", [1, 2], ids=["a child", "Ray"])
 @pytest.mark.parametrize("later", [0.2, 2.5, 4.5])
 def test_stopped_while_workers_start(many: Callable[..., Path], workers: int, later: float):
