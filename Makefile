@@ -55,14 +55,15 @@ minilm: $(VENV)/.installed  ## build experiments/minilm_topics (once; 5 minutes)
 	$(BIN)/python experiments/minilm_topics/build.py
 	$(BIN)/evomerge run experiments/minilm_topics/experiment.yaml
 
-# Tests run in two processes (make test JOBS=0: in one). Tests that start Ray stay in one of them, one after another.
+# How many processes the tests run in; 0: in pytest's own. Slow tests measure time and start clusters: alone by default.
 JOBS ?= 2
+SLOW_JOBS ?= 0
 
 test: $(VENV)/.installed-dev  ## the fast tests
 	@$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests: faults, real families
-	@$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -m slow -n $(SLOW_JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .
