@@ -33,6 +33,7 @@ from evomerge.warmstart import starting_points
 
 # A run ends with exit code 3 when more than this share of its trials failed, or when a control did.
 FAILED_SHARE = 0.1
+WIDTH = 100  # columns of what is printed about a plan
 
 
 def resolve_subject(store: Store, name: str) -> tuple[str, Recipe]:
@@ -222,7 +223,13 @@ def describe_plan(plan: Plan, options: Options) -> str:
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",
         "nothing was written",
     ]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(_wrapped(line) for line in lines if line)
+
+
+def _wrapped(line: str) -> str:
+    """Broken between words at WIDTH columns; what follows stands under the line's text. Paths and hashes stay whole."""
+    indent = " " * (25 if line.startswith("  ") else 13)
+    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _methods_of(space: Space) -> str:

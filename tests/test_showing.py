@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from evomerge.errors import StudyError
-from evomerge.launch import sqlite_url
+from evomerge.launch import Options, sqlite_url
+from evomerge.planning import build_plan
+from evomerge.progress import Progress
 from evomerge.recipe import Group, Recipe, Source
-from evomerge.showing import needs_a_look, resolve_subject
+from evomerge.showing import describe_plan, needs_a_look, resolve_subject
+from evomerge.spec import load_spec
 from evomerge.store import Evaluation, Store
 
 SOURCES = Source("base", "base", "0" * 64), (Source("a", "a", "1" * 64), Source("b", "b", "2" * 64))
@@ -80,3 +84,15 @@ def test_a_failed_control_needs_a_look(store):
     with store.lock():
         store.log_attempt("control:base/search", 1, "nan", "score is nan", "", 1.0, "w")
     assert needs_a_look(store)
+
+
+def test_what_run_would_do_is_at_most_100_columns_wide(experiment):
+    """But for words that do not fit, such as long paths, each with nothing but its label's column before it."""
+    path = experiment(search={"method": "nsga2", "budget": 40, "population": 8}, workers={"count": 30})
+    text = describe_plan(build_plan(load_spec(path), Progress(quiet=True)), Options())
+    wide = [line for line in text.splitlines() if len(line) > 100]
+    assert all(len(line.split()) == 1 for line in wide)
+    assert max(map(len, text.splitlines())) > 80
+    # What was one line stands below its text, and no word is lost.
+    found = re.search(r"^time {9}unknown .*\n {13}\S.*(\n {13}\S.*)*\nnothing was written$", text, re.M)
+    assert found and "the progress line says how long is left" in " ".join(found[0].split())

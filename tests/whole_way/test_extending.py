@@ -72,8 +72,8 @@ def test_an_experiment_with_all_three(server: Server, documented: Path, tmp_path
     shown = server.run("methods", "my_methods.py@median", cwd=folder).out
     assert "scale       a number" in shown and str(folder / "my_methods.py") in shown
     dry = server.run("run", "--dry-run", documented).out
-    assert re.search(r"code +my_methods.py@median: .*my_methods.py +sha256 [0-9a-f]{12}", dry)
-    assert re.search(r"code +my_search.py@HillClimb: .*my_search.py +sha256 [0-9a-f]{12}", dry)
+    assert re.search(r"code +my_methods.py@median:\s+\S*my_methods.py\s+sha256 [0-9a-f]{12}", dry)
+    assert re.search(r"code +my_search.py@HillClimb:\s+\S*my_search.py\s+sha256 [0-9a-f]{12}", dry)
     assert "scale                  0.5 to 1.5, from 1" in dry
 
     server.run("run", documented)
