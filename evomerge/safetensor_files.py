@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where a tensor lies: its bytes are [begin, end) of the file."""
 
@@ -57,7 +58,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise _broken(path, f"its header should be {length} bytes long, but the file has {size} bytes in all")
-            data = json.loads(file.read(length))
+            data = _parsed(file.read(length), 8 + length)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}", remedy="Check the file and its rights."
@@ -67,8 +68,11 @@ def read_header(path: Path) -> dict[str, Entry]:
     if not isinstance(data, dict):
         raise _broken(path, "its header is not a table of tensors")
     data.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in data.items()}
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    for name, value in data.items():
+        if not isinstance(value, Entry):
+            raise _refused(path, name, value)
+    # Checkpoints of a family have the same names: one string for all of them.
+    entries = {sys.intern(name): data[name] for name in sorted(data, key=lambda n: (data[n].begin, data[n].end))}
     place = 8 + length
     for name, entry in entries.items():
         if entry.begin != place:
@@ -81,23 +85,47 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, value: object, data_start: int) -> Entry:
-    if not isinstance(value, dict):
-        raise _broken(path, f"the header's entry for {name} is not a table")
-    code, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+def _parsed(text: bytes, data_start: int) -> Any:
+    """The header as JSON, with an Entry for each table that describes a tensor.
+
+    They are made while it is read: a table of all tables takes several times as much memory.
+    """
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most tensors have another's
+
+    def entry_or_table(pairs: list[tuple[str, Any]]) -> Any:
+        table = dict(pairs)
+        if _fault(table) is not None:
+            return table
+        shape = tuple(table["shape"])
+        begin, end = table["data_offsets"]
+        return Entry(DTYPES[table["dtype"]], shapes.setdefault(shape, shape), data_start + begin, data_start + end)
+
+    return json.loads(text, object_pairs_hook=entry_or_table)
+
+
+def _fault(table: dict[str, Any]) -> str | None:
+    """Which key of what should describe a tensor is wrong."""
+    code, shape, offsets = table.get("dtype"), table.get("shape"), table.get("data_offsets")
     if not (_whole_numbers(shape) and _whole_numbers(offsets) and len(offsets) == 2):
-        raise _broken(path, f"the header's entry for {name} has no valid shape and data_offsets")
-    if code not in DTYPES:
-        raise CheckpointError(
+        return "shape"
+    if not isinstance(code, str) or code not in DTYPES:
+        return "dtype"
+    return None if offsets[1] - offsets[0] == math.prod(shape) * DTYPES[code].itemsize else "data_offsets"
+
+
+def _refused(path: Path, name: str, value: object) -> CheckpointError:
+    if not isinstance(value, dict):
+        return _broken(path, f"the header's entry for {name} is not a table")
+    fault, code = _fault(value), value.get("dtype")
+    if fault == "shape":
+        return _broken(path, f"the header's entry for {name} has no valid shape and data_offsets")
+    if fault == "dtype":
+        return CheckpointError(
             f"{path}: tensor {name} has the type {code}, which cannot be merged",
             remedy=f"Convert the checkpoint to bfloat16, float16 or float32 first. Readable: {', '.join(DTYPES)}.",
         )
-    dtype = DTYPES[code]
-    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise _broken(
-            path, f"tensor {name} of shape {shape} and type {code} cannot have {offsets[1] - offsets[0]} bytes"
-        )
-    return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    begin, end = value["data_offsets"]
+    return _broken(path, f"tensor {name} of shape {value['shape']} and type {code} cannot have {end - begin} bytes")
 
 
 def _whole_numbers(value: object) -> TypeGuard[list[int]]:
@@ -125,13 +153,16 @@ def write_header(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """The first bytes of a file that holds ``tensors`` in this order, padded so that the data starts 8-byte aligned."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    compact = json.JSONEncoder(separators=(",", ":")).encode
+    # Entry by entry: a table of all tables takes several times the header's memory.
+    text = bytearray(b'{"__metadata__":' + compact({"format": "pt", **(metadata or {})}).encode())
     place = 0
     for name, (dtype, shape) in tensors.items():
         end = place + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        table = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        text += f",{compact(name)}:{compact(table)}".encode()
         place = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b"}"
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

@@ -23,7 +23,7 @@ AFFINE = (
 ANY_WEIGHT = Param(float, 1.0, "what multiplies this expert's task vector; any sign, 0 leaves the expert out")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Which tensor, or which flat slice of it, a method is looking at. ``kind`` is among ``parts.KINDS``.
 
