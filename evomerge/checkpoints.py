@@ -33,6 +33,7 @@ __all__ = [
     "Checkpoint", "Sources", "cache_folder", "check_tokenizers", "content_hash", "open_checkpoint", "open_expert",
 ]  # fmt: skip
 
+LONGER = 4  # times CHUNK are the slices that nothing is copied for
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that some versions of a library saved and others did not; they are computed, not trained.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids|attn\.masked_bias)$")
@@ -435,12 +436,13 @@ class Sources:
     ) -> Iterator[tuple[TensorInfo, Tensor | None, list[Tensor]]]:
         """(info with its start, base, experts): flat slices of one tensor, in order, in the arithmetic dtype.
 
-        The slices depend on the tensor's shape alone. Their memory is used again for the next ones.
+        The slices depend on the tensor's shape and ``widen`` alone. Their memory is used again for the next ones.
 
         Args:
             device: where the slices are wanted.
             skip: the experts to leave at the base, if there is one.
-            widen: False to get what is not low-rank in its storage dtype, on the CPU where it lies.
+            widen: False to get what is not low-rank in its storage dtype, on the CPU where it lies. Slices are LONGER
+                then: nothing is copied that would have to stay in a cache, and Python's time for each is what counts.
         """
         base = None if self.base is None else View(self.base.rows(name), kept=self.kept.get((-1, name)))
         views = [
@@ -456,7 +458,7 @@ class Sources:
 
         on_cpu = [view.low_rank is not None for view in views]
         scratch = [_Scratch(dtype, "cpu" if here else device) for here in [*on_cpu, False]]
-        for start, stop in grid(self.reference.numel(name)):
+        for start, stop in grid(self.reference.numel(name), CHUNK if widen else LONGER * CHUNK):
             piece = None if base is None else base.slice(start, stop, wanted(base), scratch[-1]).to(device)
             experts = [
                 piece
@@ -507,10 +509,10 @@ class _Part:
                 loaded[2].clear()
 
 
-def grid(numel: int) -> Iterator[tuple[int, int]]:
+def grid(numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
     """[start, stop) of the flat slices that a tensor of ``numel`` entries is merged in."""
-    for start in range(0, numel, CHUNK):
-        yield start, min(start + CHUNK, numel)
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
 
 
 class _Scratch:

@@ -376,6 +376,10 @@ def test_chunks_are_the_whole_tensor(tmp_path: Path):
         for t in range(2):
             assert torch.equal(torch.cat([experts[t] for *_, experts in pieces]), thetas[t].float().reshape(-1))
         assert [start for start, *_ in pieces] == list(range(0, theta_0.numel(), 131072))
+        stored = [(i.start, b.clone(), e[0].clone()) for i, b, e in sources.chunks(name, widen=False)]
+        assert [start for start, *_ in stored] == list(range(0, theta_0.numel(), 4 * 131072))
+        assert torch.equal(torch.cat([b for _, b, _ in stored]), theta_0.reshape(-1))
+        assert torch.equal(torch.cat([e for *_, e in stored]), thetas[0].reshape(-1))
         untouched = name not in sources.experts[1]
         assert (thetas[1] is theta_0) == untouched
         assert all((e[1] is b) == untouched for _, b, e in sources.chunks(name))
