@@ -171,7 +171,8 @@ class _Della(Method):
     """Drop by rank and rescale: the part that DELLA's two methods share.
 
     A row is what runs along the last dimension; a vector is one row. Ranks go by magnitude, equal magnitudes by their
-    place in the row. Draws are DARE's, so that epsilon 0 drops what DARE drops.
+    place in the row. Each entry has a draw in float32 of its own (``random.uniform``): with epsilon 0 each is
+    dropped with DARE's chance, but not the same ones as by DARE, whose masks are drawn as bits.
     """
 
     reference = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, MagPrune"

@@ -27,6 +27,7 @@ from numba.extending import intrinsic, overload
 from evomerge.hashing import cache_folder
 
 SIZE = 512  # entries of a block: six sums of them fit into half the fastest cache; a multiple of 32, the bits of a word
+DOWN = 4096  # what a vote for - adds where votes for + add 1: exact in float32 for fewer experts than that
 
 
 def compiled(function: Any) -> Any:
@@ -110,6 +111,28 @@ def float_of(typing: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
+@intrinsic
+def spread(typing: Any, word: Any, yes: Any, no: Any, out: Any, start: Any) -> Any:
+    """out[start + k] = yes where bit k of a uint32 is 1, else no, for the 32 bits: in vectors, which a loop is not."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lane = ir.IntType(32)
+        first = ir.Constant(ir.VectorType(lane, 32), [0] * 32)
+
+        def splat(value: Any) -> Any:
+            none = ir.Constant(ir.VectorType(value.type, 32), ir.Undefined)
+            return builder.shuffle_vector(builder.insert_element(none, value, lane(0)), none, first)
+
+        bits = builder.and_(splat(args[0]), ir.Constant(first.type, [1 << k for k in range(32)]))
+        values = builder.select(builder.icmp_unsigned("!=", bits, first), splat(args[1]), splat(args[2]))
+        array = context.make_array(signature.args[3])(context, builder, args[3])
+        place = builder.bitcast(builder.gep(array.data, [args[4]]), values.type.as_pointer())
+        builder.store(values, place, align=out.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(word, yes, no, out, types.intp), generate
+
+
 def widened(value):
     """A stored number in the arithmetic type; bfloat16 is stored as uint16 here."""
     raise NotImplementedError
@@ -137,6 +160,7 @@ def merge_thinned(base, experts, weights, lows, highs, masks, factors, elect, me
         out: (n,) float32 or float64.
     """
     a_word = np.empty(0, np.uint32)
+    counted = not normalize and len(experts) < DOWN
     # Rows of SIZE: theta_0; total, positive, share and positive share of an election, or the total; the thinned tau_t.
     rows = np.empty(6 * SIZE, out.dtype)
     for start in range(0, len(base), SIZE):
@@ -144,19 +168,20 @@ def merge_thinned(base, experts, weights, lows, highs, masks, factors, elect, me
         theta_0 = base[start : start + n]
         for i in range(n):
             rows[i] = widened(theta_0[i])
-        rows[SIZE : 5 * SIZE] = 0
         for t in range(len(experts)):
             expert = carray(pointer(experts[t] + start * base.itemsize, base), n)
             if masks[t] != 0:
-                words = carray(pointer(masks[t] + start // 8, a_word), SIZE // 32)
+                words = carray(pointer(masks[t] + start // 8, a_word), (n + 31) // 32)
                 _keep_masked(expert, words, factors[t], rows)
             else:
                 _cut(expert, lows[t], highs[t], factors[t], rows)
             if elect:
-                _add_votes(n, weights[t], weights[t] if normalize else out.dtype.type(1), rows)
+                _vote(n, t == 0, weights[t], normalize, counted, rows)
             else:
                 _add(n, t == 0, weights[t], rows)
         if elect:
+            if counted:
+                _unpack_counts(n, rows)
             _write_elected(n, mean, normalize, scale, rows, out[start : start + n])
         else:
             merged = out[start : start + n]
@@ -166,15 +191,10 @@ def merge_thinned(base, experts, weights, lows, highs, masks, factors, elect, me
 
 @compiled
 def _keep_masked(expert, words, factor, rows):
-    whole = len(expert) // 32
-    for j in range(whole):
-        word, part = words[j], expert[32 * j : 32 * j + 32]
-        for k in range(32):
-            keep = rows.dtype.type((word >> np.uint32(k)) & np.uint32(1))
-            rows[5 * SIZE + 32 * j + k] = (widened(part[k]) - rows[32 * j + k]) * keep * factor
-    for i in range(32 * whole, len(expert)):
-        keep = rows.dtype.type((words[whole] >> np.uint32(i - 32 * whole)) & np.uint32(1))
-        rows[5 * SIZE + i] = (widened(expert[i]) - rows[i]) * keep * factor
+    for j in range(len(words)):
+        spread(words[j], factor, rows.dtype.type(0) * factor, rows, 5 * SIZE + 32 * j)
+    for i in range(len(expert)):
+        rows[5 * SIZE + i] *= widened(expert[i]) - rows[i]
 
 
 @compiled
@@ -202,6 +222,16 @@ def _add(n, first, weight, rows):
 
 
 @compiled
+def _vote(n, first, weight, normalize, counted, rows):
+    if counted:
+        _count_votes(n, first, weight, rows)
+    else:
+        if first:
+            rows[SIZE : 5 * SIZE] = 0
+        _add_votes(n, weight, weight if normalize else rows.dtype.type(1), rows)
+
+
+@compiled
 def _add_votes(n, weight, counted, rows):
     zero = rows.dtype.type(0)
     for i in range(n):
@@ -210,6 +240,34 @@ def _add_votes(n, weight, counted, rows):
         rows[2 * SIZE + i] += zero if scaled < zero else scaled
         rows[3 * SIZE + i] += counted if scaled > zero else (-counted if scaled < zero else zero)
         rows[4 * SIZE + i] += counted if scaled > zero else zero
+
+
+@compiled
+def _count_votes(n, first, weight, rows):
+    """As ``_add_votes`` with a vote each: the share's row gets the number for + and DOWN times that for -."""
+    zero, up, down = rows.dtype.type(0), rows.dtype.type(1), rows.dtype.type(DOWN)
+    if first:
+        for i in range(n):
+            scaled = rows[5 * SIZE + i] * weight
+            rows[SIZE + i] = scaled + zero
+            rows[2 * SIZE + i] = (zero if scaled < zero else scaled) + zero
+            rows[3 * SIZE + i] = up if scaled > zero else (down if scaled < zero else zero)
+    else:
+        for i in range(n):
+            scaled = rows[5 * SIZE + i] * weight
+            rows[SIZE + i] += scaled
+            rows[2 * SIZE + i] += zero if scaled < zero else scaled
+            rows[3 * SIZE + i] += up if scaled > zero else (down if scaled < zero else zero)
+
+
+@compiled
+def _unpack_counts(n, rows):
+    down, part = rows.dtype.type(DOWN), rows.dtype.type(1 / DOWN)
+    for i in range(n):
+        negative = np.floor(rows[3 * SIZE + i] * part)
+        positive = rows[3 * SIZE + i] - down * negative
+        rows[3 * SIZE + i] = positive - negative
+        rows[4 * SIZE + i] = positive
 
 
 @compiled
@@ -319,22 +377,48 @@ def draw_uniform(state, out):
 
 
 @compiled
-def draw_bits(state, limit, count, out):
-    """Bit k of word j of ``out``: is the (32 j + k)-th number of the stream, times 2**24, below ``limit``?
+def draw_below(seeds, warm_up, limit, planes, size, offset, out):
+    """Bit k of word j of ``out``: is number 64 (offset + j) + k of the blocks, drawn in bit planes, below a limit?
 
     Args:
-        state: as above.
-        limit: uint32.
-        out: uint32 words for ``count`` bits; those beyond are 0.
+        seeds: (blocks, 3) uint64, as ``random.plane_seeds`` gives them.
+        warm_up: words that are left out.
+        limit: uint64, below 2**planes, in units of 2**-planes.
+        size: words in a plane, 64 numbers each.
+        out: uint64 words, which end in the last block.
     """
-    words = np.empty(SIZE // 2, np.uint64)
-    halves = words.view(np.uint32)
-    for start in range(0, count, SIZE):
-        n = min(SIZE, count - start)
-        _draw(state, words[: (n + 1) // 2])
-        for j in range((n + 31) // 32):
-            bits = np.uint32(0)
-            for k in range(32):
-                bits |= np.uint32(halves[32 * j + k] >> np.uint32(8) < limit) << np.uint32(k)
-            left = n - 32 * j
-            out[start // 32 + j] = bits if left >= 32 else bits & np.uint32((1 << left) - 1)
+    one = np.uint64(1)
+    state, plane, undecided = np.empty(4, np.uint64), np.empty(size, np.uint64), np.empty(size, np.uint64)
+    done = 0
+    for block in range(len(seeds)):
+        state[:3] = seeds[block]
+        state[3] = one
+        _draw(state, plane[:warm_up])
+        first = max(0, offset - block * size)
+        below = out[done : done + size - first]
+        digits, equal = plane[first : first + len(below)], undecided[: len(below)]
+        done += len(below)
+        below[:] = 0
+        equal[:] = ~np.uint64(0)
+        for k in range(planes - 1, -1, -1):
+            if limit & ((one << np.uint64(k + 1)) - one) == 0:
+                break
+            _draw(state, plane)
+            if _compare(digits, limit >> np.uint64(k) & one, equal, below):
+                break
+
+
+@compiled
+def _compare(digits, digit, equal, below):
+    """One plane of numbers against one binary digit of the limit; are all decided now?"""
+    left = np.uint64(0)
+    if digit:
+        for j in range(len(below)):
+            below[j] |= equal[j] & ~digits[j]
+            equal[j] &= digits[j]
+            left |= equal[j]
+    else:
+        for j in range(len(below)):
+            equal[j] &= ~digits[j]
+            left |= equal[j]
+    return left == 0

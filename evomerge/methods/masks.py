@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import fused
-from evomerge.methods.random import BLOCK, stream, uniform
+from evomerge.methods.random import BLOCK, WARM_UP, plane_seeds, seeded
 
 MOST_BYTES = 1 << 30  # of the masks that a worker keeps; what is beyond is drawn anew for every candidate
 WORD = 32
+PLANES = 53  # binary digits of the number that is compared with a density: a float64 in [0.5, 1) has no more
+PLANE_WORD = 64
+PLANE_SIZE = BLOCK // PLANE_WORD  # words of one plane of a block
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,68 @@ class Mask:
 
 
 def draw_mask(seed: int, tensor_name: str, expert_index: int, start: int, count: int, density: float) -> Mask:
-    """The entries whose ``random.uniform`` number is below ``density`` (as float32)."""
+    """Which of the entries ``start`` .. ``start + count`` (row-major) of a tensor stay: each with chance ``density``.
+
+    Entry i has one uniform number u_i in [0, 1), a multiple of 2**-53, and stays where u_i < ``density``: a function
+    of its place, whatever is drawn with it, and what stays at one density stays at every higher one. The numbers are
+    drawn in bit planes: the stream of a block of BLOCK entries gives the first binary digit of all their numbers, 64 to
+    a word, the first in the lowest bit; then the second digit of all; and so on. To compare with a density takes no
+    more planes than the density has digits (one for 0.5), nor than it takes to tell all numbers apart from it: about 17
+    of 53 for a block, where a float an entry takes 32 bits. All digits of a block are words of one stream, none used
+    twice, and blocks, experts, tensors and seeds have streams of their own, so that nothing is correlated that SFC64
+    does not correlate. A plane is drawn whole where a small tensor needs a part of it: microseconds.
+
+    Args:
+        seed, tensor_name, expert_index: what the streams are keyed by, as in ``random.uniform``.
+        density: in (0, 1].
+    """
+    first, last = start // PLANE_WORD, -(-(start + count) // PLANE_WORD)
+    words = np.empty(last - first, dtype=np.uint64)
+    blocks = range(first // PLANE_SIZE, -(-last // PLANE_SIZE))
+    seeds = plane_seeds((seed, tensor_name, expert_index), blocks)
+    _draw_words(seeds, math.ceil(density * 2**PLANES), first % PLANE_SIZE, words)
+    bits = words.astype("<u8", copy=False).view(np.uint8)
+    if start % PLANE_WORD:
+        skipped = start % PLANE_WORD
+        bits = np.packbits(np.unpackbits(bits, bitorder="little")[skipped : skipped + count], bitorder="little")
+        bits = np.concatenate([bits, np.zeros(-len(bits) % 4, np.uint8)])
+    elif count % PLANE_WORD:
+        words[-1] &= np.uint64((1 << count % PLANE_WORD) - 1)
+    return Mask(torch.from_numpy(bits.view(np.int32)[: -(-count // WORD)]), count)
+
+
+def _draw_words(seeds: np.ndarray, limit: int, offset: int, out: np.ndarray) -> None:
+    """Bit k of word j of ``out``: is the number of entry 64 (offset + j) + k, times 2**53, below ``limit``?
+
+    Args:
+        seeds: (blocks, 3) uint64, of the streams, the first of that block in which entry 0 lies.
+        out: uint64; it ends in the last of the blocks.
+    """
     kernels = fused.kernels()
-    if kernels is None or start % WORD:
-        return Mask.of(uniform(seed, tensor_name, expert_index, start, count) < density)
-    limit = np.uint32(math.ceil(float(np.float32(density)) * 2**24))
-    words = np.empty(-(-count // WORD), dtype=np.uint32)
-    done = 0
-    while done < count:
-        block, offset = divmod(start + done, BLOCK)
-        size = min(BLOCK - offset, count - done)
-        state = stream((seed, tensor_name, expert_index, block))
-        if offset:
-            drawn = np.empty(-(-(offset + size) // WORD), dtype=np.uint32)
-            kernels.draw_bits(state, limit, offset + size, drawn)
-            words[done // WORD :][: -(-size // WORD)] = drawn[offset // WORD :]
+    if limit == 2**PLANES:
+        out.fill(2**64 - 1)
+    elif kernels is not None:
+        kernels.draw_below(seeds, WARM_UP, np.uint64(limit), PLANES, PLANE_SIZE, offset, out)
+    else:
+        for block, seed in enumerate(seeds):
+            inside = slice(max(0, offset - block * PLANE_SIZE), PLANE_SIZE)
+            place = block * PLANE_SIZE + inside.start - offset
+            part = out[place : place + PLANE_SIZE - inside.start]
+            _draw_block(seeded(seed), limit, inside, part)
+
+
+def _draw_block(generator: np.random.SFC64, limit: int, inside: slice, out: np.ndarray) -> None:
+    out.fill(0)
+    equal = np.full_like(out, 2**64 - 1)  # where all digits so far are those of the limit
+    for plane in range(PLANES - 1, -1, -1):
+        if limit % (1 << plane + 1) == 0 or not equal.any():
+            return  # no digit of the limit is left, so that what equals it is not below it; or all is decided
+        digits = generator.random_raw(PLANE_SIZE)[inside][: len(out)]
+        if limit >> plane & 1:
+            out |= equal & ~digits
+            equal &= digits
         else:
-            kernels.draw_bits(state, limit, size, words[done // WORD :][: -(-size // WORD)])
-        done += size
-    return Mask(torch.from_numpy(words.view(np.int32)), count)
+            equal &= ~digits
 
 
 @dataclass

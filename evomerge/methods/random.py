@@ -1,6 +1,8 @@
 """Random draws keyed by (seed, tensor, expert, block): the same numbers on any device, thread count or chunking.
 
-The streams are NumPy's SFC64 raw words, whose sequence NumPy keeps for good, started from a 128-bit hash of the key. So
+Numbers are drawn here; the bits of masks are drawn by ``masks.py`` from the streams that ``plane_seeds`` starts.
+
+The streams are NumPy's SFC64 raw words, whose sequence NumPy keeps for good, started from a hash of the key. So
 a recipe's masks stay the same when torch or NumPy is upgraded, and no two blocks share a stream.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from evomerge.methods import fused
 
 BLOCK = 65536  # entries drawn from one stream; part of what a recipe's seed means, so it never changes
+WARM_UP = 12  # words that are left out after a stream is started, until all bits of its seed are mixed
 
 
 def uniform(seed: int, tensor_name: str, expert_index: int, start: int, count: int) -> Tensor:
@@ -73,6 +76,31 @@ def _generator(key: tuple) -> np.random.SFC64:
 def stream(key: tuple) -> np.ndarray:
     """Where the stream of a block starts: the four words of SFC64's state, for the compiled loops."""
     return _generator(key).state["state"]["state"].copy()
+
+
+def plane_seeds(key: tuple, blocks: Iterable[int]) -> np.ndarray:
+    """(blocks, 3) uint64: what the streams of bit planes of some blocks are started from, by ``seeded``.
+
+    A hash of key and block fills SFC64's state but for the counter, which is 1, and WARM_UP words are left out: so its
+    author starts it. NumPy's own seeding would cost as much as all of a block's bits. The key says what the streams
+    are for, so that they are none of those above.
+    """
+    root = hashlib.blake2b(json.dumps((*key, "planes")).encode(), digest_size=24)
+    digests = []
+    for block in blocks:
+        digest = root.copy()
+        digest.update(block.to_bytes(8, "little"))
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64).reshape(-1, 3)
+
+
+def seeded(words: np.ndarray) -> np.random.SFC64:
+    """NumPy's generator, started from three words and warmed up."""
+    generator = np.random.SFC64(0)
+    state = np.array([*words, 1], dtype=np.uint64)
+    generator.state = {"bit_generator": "SFC64", "state": {"state": state}, "has_uint32": 0, "uinteger": 0}
+    generator.random_raw(WARM_UP)
+    return generator
 
 
 def _normal_block(key: tuple, size: int) -> Tensor:

@@ -12,12 +12,12 @@ from evomerge.methods.base import TensorInfo
 
 from .families import Family, assert_close, families
 from .references import densities, elect_and_merge, modes
-from .test_random import documented_uniform
+from .test_masks import documented_mask
 
 
 def drop(tau: np.ndarray, key: tuple[int, str, int], *, density: float, rescale: str) -> np.ndarray:
     """DARE, section 3.2: delta = m * tau / (1 - p), m Bernoulli(1 - p), here 1 - p = density; the documented mask."""
-    mask = documented_uniform(*key, 0, tau.size).reshape(tau.shape) < np.float32(density)
+    mask = documented_mask(*key, tau.size, density).reshape(tau.shape)
     kept = tau * mask
     if density == 1:
         return tau

@@ -20,7 +20,7 @@ from evomerge.methods.base import LowRank, TensorInfo
 from .families import Family
 from .matrix_families import kept, matrix_families
 from .references import elect_and_merge, trim
-from .test_random import documented_uniform
+from .test_masks import documented_mask
 
 
 def parts_of(taus: list[np.ndarray], after: bool) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -51,8 +51,8 @@ def knots(family: Family, inner: str, density: float, mode: str, seed: int, afte
             clear &= bool(last == 0 or size[last] - size[last - 1] > 1e-9 * size[-1])
         parts = [trim(part, density) for part in parts]
     elif density < 1:
-        masks = [documented_uniform(seed, family.name, t, 0, parts[0].size) for t, _, _ in numbered]
-        masks = [(mask < np.float32(density)).reshape(parts[0].shape) for mask in masks]
+        masks = [documented_mask(seed, family.name, t, parts[0].size, density) for t, _, _ in numbered]
+        masks = [mask.reshape(parts[0].shape) for mask in masks]
         parts = [part * mask / density for part, mask in zip(parts, masks, strict=True)]
     weighted = [w * part for w, part in zip(weights, parts, strict=True)]
     if inner == "dare_linear":
