@@ -229,7 +229,9 @@ def describe_plan(plan: Plan, options: Options) -> str:
 def _wrapped(line: str) -> str:
     """Broken between words at WIDTH columns; what follows stands under the line's text. Paths and hashes stay whole."""
     indent = " " * (25 if line.startswith("  ") else 13)
-    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    line = line.replace("sha256 ", "sha256\0")  # no place to break
+    filled = textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\0", " ")
 
 
 def _methods_of(space: Space) -> str:

@@ -93,6 +93,7 @@ def test_what_run_would_do_is_at_most_100_columns_wide(experiment):
     wide = [line for line in text.splitlines() if len(line) > 100]
     assert all(len(line.split()) == 1 for line in wide)
     assert max(map(len, text.splitlines())) > 80
+    assert len(re.findall(r"sha256 [0-9a-f]{12}", text)) == text.count("sha256") >= 3  # each beside its hash
     # What was one line stands below its text, and no word is lost.
     found = re.search(r"^time {9}unknown .*\n {13}\S.*(\n {13}\S.*)*\nnothing was written$", text, re.M)
     assert found and "the progress line says how long is left" in " ".join(found[0].split())
