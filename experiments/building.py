@@ -134,26 +134,24 @@ def optimise(
 
 def print_accuracies(
     model: Any,
-    experts: Mapping[str, Path],
+    experts: Mapping[str, Mapping[str, Tensor]],
     coefficients: Sequence[float],
     right: Callable[[str], Sequence[bool]],
 ) -> None:
     """A Markdown table, one row a model: base, experts, their average, uniform merges with the other coefficients.
 
-    ``model``: holds the base, and at the end the last merge. ``experts``: folders with model.safetensors; each is
-    the expert of the task of its name. ``right(task)``: an answer for each item of the task by what ``model`` now
-    holds. Cells are accuracies with their 95% intervals (Wilson). "uniform c" is base + c times the sum of the task
-    vectors.
+    ``model``: holds the base, and at the end the last merge. ``experts``: the state of the expert of each task, under
+    the model's names (those in a checkpoint's file may be others). ``right(task)``: an answer for each item of the task
+    by what ``model`` now holds. Cells are accuracies with their 95% intervals (Wilson). "uniform c" is base + c times
+    the sum of the task vectors.
     """
     import numpy as np
-    from safetensors.torch import load_file
 
     from evomerge.statistics import mean_interval
 
     names = list(experts)
     start = {key: value.clone() for key, value in model.state_dict().items() if value.is_floating_point()}
-    taus = {name: load_file(folder / "model.safetensors") for name, folder in experts.items()}
-    taus = {name: {key: tensors[key] - start[key] for key in start} for name, tensors in taus.items()}
+    taus = {name: {key: state[key] - start[key] for key in start} for name, state in experts.items()}
     models = {"base": {}, **{f"expert {t}": {t: 1.0} for t in names}}
     models |= {f"uniform {c:g}": dict.fromkeys(names, c) for c in (1 / len(names), *coefficients)}
     say("| model | " + " | ".join(names) + " | mean |\n" + "|---" * (len(names) + 2) + "|")

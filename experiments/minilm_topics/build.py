@@ -100,7 +100,8 @@ def measure(arguments: argparse.Namespace) -> None:
         rows = corpora.read(DATA, name, "eval")[-arguments.items :]
         return encoder.right(model, tokenizer, head, rows, list(corpora.TASKS[name].classes))
 
-    print_accuracies(model, {name: EXPERTS / name for name in arguments.tasks}, arguments.coefficients, right)
+    experts = {name: encoder.load(EXPERTS / name)[0].state_dict() for name in arguments.tasks}
+    print_accuracies(model, experts, arguments.coefficients, right)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> None:
     pools = {name: (x[-arguments.items :], y[-arguments.items :]) for name, (x, y) in pools.items()}
     print_accuracies(
         model,
-        {name: EXPERTS / name for name in arguments.tasks},
+        {name: vit.load(EXPERTS / name).state_dict() for name in arguments.tasks},
         arguments.coefficients,
         lambda name: vit.right(model, heads[name], pools[name]),
     )

@@ -290,6 +290,10 @@ def test_the_whole_way_with_few_steps(tmp_path):
             command = [sys.executable, str(folder / "build.py"), step, "--tasks", "mnist"]
             run = subprocess.run(command, capture_output=True, text=True, check=True)
             assert expected in run.stdout
+    command = [sys.executable, str(folder / "build.py"), "measure", "--tasks", "mnist", "--coefficients", "0.5"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    titles = [line.split("|")[1].strip() for line in run.stdout.splitlines()]
+    assert titles == ["model", "---", "base", "expert mnist", "uniform 1", "uniform 0.5"]
     cache = folder / "cache"
     head = load_file(cache / "heads" / "mnist.safetensors")
     pool = images.read(cache / "data", "mnist", "eval")
