@@ -37,7 +37,6 @@ from evomerge.worker import Worker
 
 @pytest.mark.slow  # some twenty workers are built
 class TestLocalPool(KillablePoolContract):
-    timeout = 3.0
     says = {  # noqa: RUF012
         "kill": ("possibly because the machine was out of memory", ""),
         "_exit": ("exited with status 3", ""),
