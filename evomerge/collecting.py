@@ -31,6 +31,7 @@ from evomerge.recipe import Group, Recipe
 from evomerge.safetensor_files import ShardWriter, read_header, read_metadata
 from evomerge.spec import Spec
 from evomerge.stages import keep
+from evomerge.training import own_experts
 from evomerge.validation import at
 from evomerge.writing import sync, umask
 
@@ -118,9 +119,8 @@ def own_tasks(spec: Spec, given: Mapping[str, Sequence[str]]) -> dict[str, list[
         for name in names:
             if name not in tasks:
                 raise SpecError(f"there is no task {name!r}", where="--task", remedy=nearest(name, tasks))
-    own = {expert: [task for task in tasks if spec.objective.own_expert(task) == expert] for expert in experts}
-    if not any(own.values()) and len(tasks) == len(experts):
-        own = {expert: [task] for expert, task in zip(experts, tasks, strict=True)}
+    owner = own_experts(spec)
+    own = {expert: [task for task in tasks if owner.get(task) == expert] for expert in experts}
     own |= {expert: list(names) for expert, names in given.items()}
     without = [expert for expert, names in own.items() if not names]
     if without:

@@ -127,6 +127,15 @@ events = sa.Table(
     sa.Column("time", sa.Double, nullable=False),
     sa.UniqueConstraint("study_id", "kind", "n"),
 )
+training = sa.Table(  # stores that older versions made lack it: see has_training, make_training
+    "evomerge_training",
+    metadata,
+    sa.Column("study_id", sa.ForeignKey("evomerge_studies.id"), primary_key=True),
+    sa.Column("n", sa.Integer, primary_key=True, autoincrement=False),  # the trial that is trained for
+    sa.Column("state", _text, nullable=False),  # JSON, of the searcher
+    sa.Column("curve", _text, nullable=False),  # JSON list, a row a step since the trial before
+    sa.Column("time", sa.Double, nullable=False),
+)
 locks = sa.Table(
     "evomerge_locks",
     metadata,
@@ -139,6 +148,18 @@ locks = sa.Table(
     sa.Column("acquired", sa.Double, nullable=False),
     sa.Column("heartbeat", sa.Double, nullable=False),
 )
+
+
+def has_training(connection: sa.Connection) -> bool:
+    """Is there a table of trainings? A store of an older version has none, and gets one when it is needed: versions
+    that do not know it pass it over, so that the schema is the same."""
+    return sa.inspect(connection).has_table(training.name)
+
+
+def make_training(connection: sa.Connection) -> None:
+    """The table of trainings, if it is not there."""
+    training.create(connection, checkfirst=True)
+
 
 _JOURNAL = (".journal", ".journal.log", ".jsonl", ".log")
 

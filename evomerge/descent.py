@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # the paper's defaults
 SHUFFLE, HOLDOUT = 0, 1  # key the order of items apart from the choice of those held out
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ class Descent:
         by_values = gradient + self.pull * (self.values(state) - self.start)
         slope = self.constraint.pull_back(state.x, by_values)
         m = BETA1 * state.m + (1 - BETA1) * slope
-        v = BETA2 * state.v + (1 - BETA2) * slope * slope
         with np.errstate(invalid="ignore", over="ignore"):  # the caller asks the state whether it is finite
+            v = BETA2 * state.v + (1 - BETA2) * slope * slope
             x = state.x - self.lr * (m / (1 - BETA1**t)) / (np.sqrt(v / (1 - BETA2**t)) + EPSILON)
         return State(t, self.constraint.project(x), m, v)
 
@@ -300,7 +302,7 @@ def _key(task: str) -> int:
     return int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big")
 
 
-def pieces(items: Sequence[str], size: int) -> list[tuple[str, ...]]:
+def pieces(items: Sequence[T], size: int) -> list[tuple[T, ...]]:
     """``items`` in the fewest runs of at most ``size``, whose lengths differ by at most one."""
     count = math.ceil(len(items) / size)
     edges = [edge * len(items) // count for edge in range(count + 1)]

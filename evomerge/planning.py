@@ -30,11 +30,12 @@ from evomerge.pools import WorkerSpec
 from evomerge.progress import Progress
 from evomerge.recipe import Collected, Group, Recipe, Source, is_recipe_file, source_at
 from evomerge.scratch import check_scratch
-from evomerge.searchers.base import Searcher
+from evomerge.searchers.base import GradientSearcher, Searcher
 from evomerge.searchers.lookup import find as find_searcher
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_evaluator
 from evomerge.stages import placed
+from evomerge.training import check_gradients
 from evomerge.validation import at
 
 # Recorded with a study: another version may change scores in their last bits, so a resume says so (and goes on).
@@ -149,7 +150,7 @@ def build_plan(
     }
     unplaced = Space.from_dict(spec.space, template=unhashed, **shape)
     check_parts(unplaced.decode(unplaced.initial()), [sources.info(n) for n in sources.names if sources.is_float(n)])
-    make_searcher(spec, unplaced)
+    searcher = make_searcher(spec, unplaced)
     if statistics:
         require_statistics(unplaced, spec)
     for method in unplaced.all_methods:
@@ -167,6 +168,8 @@ def build_plan(
     evaluator = load_evaluator(evaluator_file, context)
     items = tuple(assign_splits(evaluator.load(), spec.evaluate.split, seed=spec.seed))
     evaluator.check(items)
+    if isinstance(searcher, GradientSearcher):
+        check_gradients(searcher, spec, unplaced, evaluator)
     _require_every_split(items, context.tasks)
 
     scratch = str(spec.scratch_path or "")

@@ -64,12 +64,18 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: a recipe on some items. ``key`` names it in the study (``trial:12/search``)."""
+    """One evaluation: a recipe on some items. ``key`` names it in the study (``trial:12/search``).
+
+    ``gradient`` asks for losses and their gradients by the recipe's weights instead: loss (its name), over (see
+    ``Evaluator.predictions``), batches (a list of [task, item ids]), learn (False: losses only), free (see
+    ``CoefficientGradients``), experts (task -> place of its own expert, for losses that look at it).
+    """
 
     key: str
     attempt: int
     recipe: Mapping[str, Any]  # Recipe.to_dict()
     item_ids: tuple[str, ...]
+    gradient: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,23 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class BatchGradient:
+    """The loss on one batch of a task's items, and its gradient by the weights of the recipe.
+
+    ``gradient``: (groups * experts,), group by group; empty if only the loss was asked for.
+    """
+
+    task: str
+    loss: float
+    gradient: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Result:
-    """What came back for a job: outcomes in the order of its item_ids, or a failure; never both."""
+    """What came back for a job: outcomes in the order of its item_ids, or a failure; never both.
+
+    Of a job that asked for gradients, these in the order of its batches, in place of outcomes.
+    """
 
     key: str
     attempt: int
@@ -91,6 +112,7 @@ class Result:
     failure: Failure | None
     seconds: Mapping[str, float] = field(default_factory=dict)  # merge, evaluate, total
     worker: str = ""  # host:pid
+    gradients: tuple[BatchGradient, ...] | None = None
 
 
 class Pool(Protocol):

@@ -54,11 +54,14 @@ def parse_size(text: str, *, where: str) -> int:
 
 
 class Stage:
-    """One step of known length. ``advance`` may be called with a note that replaces the last one."""
+    """One step of known length. ``advance`` may be called with a note that replaces the last one.
 
-    def __init__(self, progress: Progress, title: str, total: float, unit: str):
+    ``before``: how much was done before it began, and says nothing of how fast it goes.
+    """
+
+    def __init__(self, progress: Progress, title: str, total: float, unit: str, before: float = 0.0):
         self.progress, self.title, self.total, self.unit = progress, title, total, unit
-        self.done, self.note = 0.0, ""
+        self.done, self.before, self.note = before, before, ""
         self.started = time.monotonic()
         self._logged_at, self._logged_done = -1e9, -1.0
         self._bar = progress._add_bar(title, total) if progress.live else None
@@ -88,12 +91,13 @@ class Stage:
     def _text(self) -> str:
         elapsed = time.monotonic() - self.started
         parts = []
-        if self.done and elapsed > 0.5:
-            rate = self.done / elapsed
+        done = self.done - self.before
+        if done > 0 and elapsed > 0.5:
+            rate = done / elapsed
             if self.unit == "B":
                 parts.append(f"{size(rate)}/s")
             else:
-                parts.append(f"{elapsed / self.done:.1f} s each")
+                parts.append(f"{elapsed / done:.1f} s each")
             parts.append(f"{clock((self.total - self.done) / rate)} left")
         if self.note:
             parts.append(self.note)

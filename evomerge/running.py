@@ -5,20 +5,24 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from evomerge.errors import Interrupted
+from evomerge.descent import pieces
+from evomerge.errors import CandidateError, Interrupted, ResourceError
 from evomerge.evaluation import task_scores
 from evomerge.objectives import Objective
 from evomerge.planning import Plan
-from evomerge.pools import Failure, Job, Pool, Result
+from evomerge.pools import BatchGradient, Failure, Job, Pool, Result
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
 from evomerge.store import Evaluation, Store
 
 STOP_POLL_SECONDS = 2.0
+GRADIENT = "gradient:"  # how keys of jobs begin that are no evaluations
 WAIT_SECONDS = 0.5
 DRAIN, DROP = 1, 2
 
@@ -120,6 +124,7 @@ class Runner:
             self._remember(evaluation)
         self._lost: dict[str, int] = {}
         self._failed: dict[str, Failure] = {}
+        self._gradient_jobs = 0
         self._attempts: dict[str, int] = {}
         for attempt in store.attempts():
             self._attempts[attempt.key] = max(self._attempts.get(attempt.key, 0), attempt.attempt)
@@ -189,6 +194,81 @@ class Runner:
             return
         self._start(key, subject, split, recipe)
 
+    def give_up(self, subject: str, split: str, failure: Failure) -> None:
+        """What ``failure`` says stands against an evaluation: it is ready at once, as one that failed."""
+        key = f"{subject}/{split}"
+        if self.failure(subject, split) is None:
+            attempt = self._attempts[key] = self._attempts.get(key, 0) + 1
+            self.store.log_attempt(key, attempt, failure.kind, failure.reason, failure.detail, 0.0, "")
+            self._failed[key] = failure
+            self.progress.log(f"{key} failed ({failure.kind}): {failure.reason}")
+        self._ready.append(Done(key, None, self.failure(subject, split)))
+
+    def gradients(
+        self, step: int, recipe: Recipe, batches: Sequence[tuple[str, Sequence[str]]], options: Mapping[str, Any]
+    ) -> list[BatchGradient]:
+        """Losses of ``recipe`` on batches, (task, items), and their gradients, in the order of the batches.
+
+        The batches are shared out among the workers that are free; one that is lost is made up for as evaluations are.
+        Evaluations that end meanwhile are stored, and come with the next ``wait``.
+
+        Args:
+            step: of the training, for messages.
+            options: the rest of ``Job.gradient``.
+
+        Raises:
+            CandidateError: of kind nan, if a loss or a gradient is not finite.
+            ResourceError: workers were lost too often, ran out of memory or time, or failed in another way.
+            Interrupted: the user asked to stop; what the workers are at is dropped.
+        """
+        places = range(len(batches))
+        todo = deque(pieces(places, -(-len(batches) // max(1, self.pool.idle()))))
+        running: dict[tuple[str, int], tuple[int, ...]] = {}
+        found: dict[int, BatchGradient] = {}
+        lost = 0
+        while todo or running:
+            self.stop.poll(self.store)
+            if self.stop.level:
+                raise Interrupted(self.stop.reason)
+            while todo and self.pool.idle() > 0:
+                share = todo.popleft()
+                self._gradient_jobs += 1
+                wanted = {**options, "batches": [[task, list(items)] for task, items in (batches[i] for i in share)]}
+                job = Job(f"{GRADIENT}{step}", self._gradient_jobs, recipe.to_dict(), (), wanted)
+                running[job.key, job.attempt] = share
+                self.pool.submit(job)
+            for result in self.pool.wait(WAIT_SECONDS):
+                share = running.pop((result.key, result.attempt), None)
+                if share is None:
+                    done = self._take(result)
+                    self._ready += [done] if done is not None else []
+                elif result.failure is None:
+                    assert result.gradients is not None
+                    found.update(zip(share, result.gradients, strict=True))
+                elif result.failure.kind == "lost" and lost < self.retries:
+                    lost += 1
+                    self.progress.log(f"step {step}: {result.failure.reason}; trying again")
+                    todo.append(share)
+                else:
+                    raise self._no_gradient(step, result.failure)
+        return [found[i] for i in places]
+
+    @staticmethod
+    def _no_gradient(step: int, failure: Failure) -> CandidateError | ResourceError:
+        """A NaN would only come again; all else may be mended."""
+        if failure.kind == "nan":
+            return CandidateError("nan", f"step {step}, {failure.reason}", failure.detail)
+        remedy = {
+            "memory": "Lower evaluate.batch_size (with --allow-drift) or search.batch, or set search.gradients: free.",
+            "timeout": "Raise workers.timeout.",
+        }.get(failure.kind, "Mend what it says.")
+        detail = f"\n{failure.detail.rstrip()}" if failure.kind == "error" and failure.detail else ""
+        return ResourceError(
+            f"step {step} of the training failed ({failure.kind}): {failure.reason}{detail}",
+            remedy=f"{remedy} The steps before it are kept: go on with evomerge resume, or finish with the candidates "
+            "that there are by giving their number as --budget.",
+        )
+
     def _start(self, key: str, subject: str, split: str, recipe: Recipe) -> None:
         pool = self.pool
         attempt = self._attempts.get(key, 0) + 1
@@ -214,6 +294,8 @@ class Runner:
 
     def _take(self, result: Result) -> Done | None:
         running = self._running.get(result.key)
+        if result.key.startswith(GRADIENT):
+            return None  # of a training that was stopped meanwhile
         if running is None or running.job.attempt != result.attempt:
             self.progress.log(f"ignored a late result of {result.key}, attempt {result.attempt}")
             return None

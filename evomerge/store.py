@@ -90,6 +90,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class TrainingRecord:
+    """How far a training by gradient is on its way to trial ``n``, or where it was when the trial was proposed.
+
+    ``curve`` has a row a step since the trial before: step, loss, tasks (task -> loss), gradient (its norm).
+    """
+
+    n: int
+    state: Mapping[str, Any]  # of the searcher; see GradientSearcher
+    curve: tuple[Mapping[str, Any], ...]
+    time: float = 0.0  # unix seconds
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One try at an evaluation, or its end. ``state``: started, complete, or the kind of a failure (CandidateError)."""
 
@@ -489,6 +502,34 @@ class Store:
 
             self._mirror = Mirror.of_record(self.database, self.name, self.record).start()
         return self._mirror
+
+    # Trainings by gradient
+
+    def save_training(self, n: int, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
+        """How far the training for trial ``n`` is, in place of what was kept of it before."""
+        row = {"state": _dumps(state), "curve": _dumps(list(curve)), "time": time.time()}
+
+        def body(connection: sa.Connection) -> None:
+            db.make_training(connection)
+            c = db.training.c
+            this = (c.study_id == self.study_id) & (c.n == n)
+            if not connection.execute(sa.update(db.training).where(this).values(row)).rowcount:
+                connection.execute(sa.insert(db.training).values(study_id=self.study_id, n=n, **row))
+
+        self._write(body)
+
+    def trainings(self) -> list[TrainingRecord]:
+        """What is kept of the training for each trial, in their order; the last may be under way."""
+        c = db.training.c
+        query = sa.select(c.n, c.state, c.curve, c.time).where(c.study_id == self.study_id).order_by(c.n)
+
+        def body(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+            return connection.execute(query).all() if db.has_training(connection) else []
+
+        return [
+            TrainingRecord(row.n, json.loads(row.state), tuple(json.loads(row.curve)), row.time)
+            for row in self.database.read(body)
+        ]
 
     # What happened, in order
 

@@ -10,12 +10,14 @@ from evomerge.dimensions import Point
 from evomerge.errors import EvomergeError, Interrupted, StudyError
 from evomerge.objectives import Judged, Objective
 from evomerge.planning import Plan, make_searcher
+from evomerge.pools import Failure
 from evomerge.progress import Progress
 from evomerge.ranking import Standing, choose_winner, ranked_trials
 from evomerge.recipe import Group, Recipe
 from evomerge.running import Done, Runner
-from evomerge.searchers.base import Told
+from evomerge.searchers.base import GradientSearcher, Told
 from evomerge.store import Store, TrialRecord
+from evomerge.training import Training, batches_at_once
 from evomerge.warmstart import complete
 
 SWEEP = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
@@ -51,7 +53,10 @@ def most_at_once(plan: Plan) -> int:
     budget = plan.spec.search.budget
     if plan.spec.search.schedule == "asynchronous":
         return budget
-    return make_searcher(plan.spec, plan.space).at_once(budget)
+    searcher = make_searcher(plan.spec, plan.space)
+    if isinstance(searcher, GradientSearcher):  # one evaluation beside a step of the training
+        return batches_at_once(searcher, plan) + 1
+    return searcher.at_once(budget)
 
 
 def idle_workers(plan: Plan, count: int) -> str | None:
@@ -59,6 +64,12 @@ def idle_workers(plan: Plan, count: int) -> str | None:
     most = most_at_once(plan)
     if count <= most:
         return None
+    if make_searcher(plan.spec, plan.space).wants_gradients:
+        return (
+            f"{count} workers, but a step of the training keeps at most {most - 1} busy, beside one that evaluates: "
+            "the others help with controls and the finish only. A larger search.batch, or a smaller "
+            "evaluate.batch_size, gives them work."
+        )
     return (
         f"{count} workers, but searcher {plan.spec.search.method} has at most {most} candidates in evaluation at a "
         "time here: the others help with controls and the finish only."
@@ -102,6 +113,9 @@ class Study:
         known = [point for point in self.starts if point is not None]
         self.searcher = make_searcher(self.plan.spec, self.plan.space, known)
         self.budget = min(self.wanted, self.searcher.size or self.wanted)
+        self.training = None
+        if isinstance(self.searcher, GradientSearcher):
+            self.training = Training(self.searcher, self.plan, self.store, self.runner, self.progress)
 
     # --- the search ------------------------------------------------------------------------------------------------
 
@@ -117,13 +131,16 @@ class Study:
             while True:
                 while self.runner.has_room() and (waiting or self.may_ask()):
                     trial = waiting.pop(0) if waiting else self.ask()
-                    self.runner.submit(f"trial:{trial.n}", "search", Recipe.from_dict(trial.recipe))
+                    if trial is not None:
+                        self.submit(trial)
                 if not self.runner.running and (self.runner.stop.level or not (waiting or self.may_ask())):
                     break
                 for done in self.runner.wait():
                     self.record(done)
                     stage.advance(1, self._best_note())
         self._stop_if_asked()
+        if (why := self.searcher.ended(len(self.trials))) is not None:
+            self.progress.log(f"no more candidates after {len(self.trials)}: {why}")
         if not self.trials:
             raise NothingCompleted("the time limit was over before the first candidate was proposed")
         if not any(t.state == "complete" for t in self.trials):
@@ -134,23 +151,37 @@ class Study:
         n = len(self.trials)
         if n >= self.budget or (self.deadline is not None and time.monotonic() > self.deadline):
             return False
+        if self.searcher.ended(n) is not None:
+            return False
         if self.asynchronous:
             return True
         need = self.searcher.needs(n)
         return all(t.state != "running" for t in self.trials[self.told : need])
 
-    def ask(self) -> TrialRecord:
-        """Tell what trial n must know, propose it, and store it before it runs."""
+    def ask(self) -> TrialRecord | None:
+        """Tell what trial n must know, propose it, and store it before it runs; None if it was stopped while it was
+        trained for."""
         n = len(self.trials)
         if not self.asynchronous:
             self._tell_first(self.searcher.needs(n))
-        point = self.searcher.ask(n)
+        try:
+            point = self.searcher.ask(n) if self.training is None else self.training.ask(n)
+        except Interrupted:
+            return None  # what runs beside it may end; the loop sees the stop
         recipe = self.plan.space.decode(point)
         if self.asynchronous:
             self.store.log_event("ask", n)
         self.store.add_trial(n, point, recipe.to_dict(), recipe.hash)
         self.trials.append(TrialRecord.running(n, point, recipe.to_dict(), recipe.hash))
         return self.trials[n]
+
+    def submit(self, trial: TrialRecord) -> None:
+        """Start the evaluation of a trial that is stored; one that the training did not reach has failed."""
+        reason = self.searcher.failure(trial.n) if isinstance(self.searcher, GradientSearcher) else None
+        if reason is not None:
+            self.runner.give_up(f"trial:{trial.n}", "search", Failure("nan", reason))
+        else:
+            self.runner.submit(f"trial:{trial.n}", "search", Recipe.from_dict(trial.recipe))
 
     def record(self, done: Done) -> None:
         """A trial has ended: store it, and on the asynchronous schedule tell it at once."""
@@ -175,6 +206,8 @@ class Study:
         self.standing = Standing(self.trials)
         if [t.n for t in self.trials] != list(range(len(self.trials))):
             raise StudyError(f"the store of study {self.plan.spec.name!r} has gaps in its trial numbers")
+        if self.training is not None:
+            self.training.restore()
         if self.asynchronous:
             self._replay_log()
         else:

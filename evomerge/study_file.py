@@ -83,6 +83,13 @@ class _Event(Strict):
     time: float
 
 
+class _Training(Strict):
+    n: Count
+    state: dict[str, Any]
+    curve: list[dict[str, Any]]
+    time: float
+
+
 class _More(BaseModel):
     """A part of the record: later versions may say more than is read here."""
 
@@ -147,6 +154,7 @@ class Section:
     model: type[Strict]
     order: sa.Column[Any]
     data: tuple[str, ...] = ()
+    optional: bool = False  # left out where there are no rows, as older versions do, which do not know it
 
     @property
     def columns(self) -> list[sa.Column[Any]]:
@@ -167,6 +175,7 @@ SECTIONS = {
     ),
     "attempts": Section(db.attempts, _Attempt, db.attempts.c.seq),
     "events": Section(db.events, _Event, db.events.c.seq),
+    "training": Section(db.training, _Training, db.training.c.n, ("state", "curve"), optional=True),
 }
 HEAD = tuple(field.alias or name for name, field in Head.model_fields.items())
 
@@ -218,6 +227,9 @@ class Check:
 
     def _events(self, row: Mapping[str, Any]) -> None:
         self._once((row["kind"], row["n"]), "event")
+
+    def _training(self, row: Mapping[str, Any]) -> None:
+        self._once(row["n"], "training")
 
     def _once(self, key: Any, what: str) -> None:
         if (what, key) in self.seen:

@@ -77,15 +77,17 @@ def _write(connection: sa.Connection, store: Store, path: Path, out: Path, progr
         connection.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
     study = connection.execute(sa.select(db.studies).where(db.studies.c.id == store.study_id)).one()
     of_study = {name: part.table.c.study_id == store.study_id for name, part in SECTIONS.items()}
-    total = sum(
-        connection.execute(sa.select(sa.func.count()).select_from(part.table).where(of_study[name])).scalar_one()
-        for name, part in SECTIONS.items()
-    )
+    there = {name: part for name, part in SECTIONS.items() if not part.optional or db.has_training(connection)}
+    counts = {
+        name: connection.execute(sa.select(sa.func.count()).select_from(part.table).where(of_study[name])).scalar_one()
+        for name, part in there.items()
+    }
+    written = {name: part for name, part in there.items() if counts[name] or not part.optional}
     head = dict(zip(HEAD, (FORMAT, __version__, db.SCHEMA, study.name, study.created), strict=True))
-    with _opened(path, out, "wt") as file, progress.stage("writing rows", total) as stage:
+    with _opened(path, out, "wt") as file, progress.stage("writing rows", sum(counts.values())) as stage:
         file.write("{" + "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in head.items()))
         file.write(f'"record": {_line(json.loads(study.record))}')
-        for name, part in SECTIONS.items():
+        for name, part in written.items():
             query = sa.select(*part.columns).where(of_study[name]).order_by(part.order)
             file.write(f",\n{json.dumps(name)}: [")
             before = ""
@@ -157,8 +159,13 @@ def _insert(connection: sa.Connection, file: Path, wanted: str, progress: Progre
         study_id = connection.execute(sa.select(db.studies.c.id).where(db.studies.c.name == wanted)).scalar_one()
         check = Check()
         for section, part in SECTIONS.items():
-            if next(keys, None) != section:
-                raise ValueError(f"{section} are missing")
+            key = next(keys, None)
+            if key is None and part.optional:
+                continue
+            if key != section:
+                raise ValueError("there is more than a study" if part.optional else f"{section} are missing")
+            if part.optional:
+                db.make_training(connection)
             rows = (_row(part, data, f"{file}: {section}[{n}]") for n, data in enumerate(stream.items()))
             while batch := list(itertools.islice(rows, BATCH)):
                 for row in batch:

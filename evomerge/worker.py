@@ -33,13 +33,14 @@ from evomerge.keeping import choose, dense_bytes, keep, rooms
 from evomerge.merging import Merger, load_resident, open_sources, torch_dtype, written_bytes
 from evomerge.methods.base import InputsChanged
 from evomerge.methods.lookup import load_codes
-from evomerge.pools import Failure, Job, Result, WorkerSpec, one_line
+from evomerge.pools import BatchGradient, Failure, Job, Result, WorkerSpec, one_line
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.scratch import check_scratch, remove_stale, written
 from evomerge.tokenizer_choice import TokenizerChoice
 
 if TYPE_CHECKING:
     from evomerge.aligned import Alignment
+    from evomerge.batch_losses import BatchLosses
 
 DETAIL_LIMIT = 20_000  # characters of a traceback that are kept
 
@@ -72,6 +73,7 @@ class Worker:
         self.items = self._load_items()
         keep(self.sources, self._place(), spec.device)
         self.target: Target | None = None
+        self._losses: BatchLosses | None = None
         if self.evaluator.needs == "model":
             model = load_resident(
                 base_path,
@@ -135,7 +137,7 @@ class Worker:
         return {i: replace(loaded[i], split=split) for i, split in self.spec.splits.items()}
 
     def evaluate(self, job: Job) -> Result:
-        """Merge the job's recipe, into the model or to disk, and evaluate it on the job's items.
+        """Merge the job's recipe, into the model or to disk, and evaluate it on the job's items, or differentiate it.
 
         Whatever goes wrong with the candidate comes back as a Failure.
 
@@ -146,16 +148,15 @@ class Worker:
         began = time.perf_counter()
         seconds: dict[str, float] = {}
         outcomes: tuple[Outcome, ...] | None = None
+        gradients: tuple[BatchGradient, ...] | None = None
         failure: Failure | None = None
         recipe = Recipe.from_dict(job.recipe)
         self._check_sources(recipe)
         try:
-            with contextlib.ExitStack() as stack:
-                with _seconds(seconds, "merge"):
-                    target = stack.enter_context(self._candidate(recipe))
-                with _seconds(seconds, "evaluate"), _seeded(self.spec.seed):
-                    answer = self.evaluator.evaluate(target, list(job.item_ids))
-                outcomes = _checked(answer, job.item_ids)
+            if job.gradient is not None:
+                gradients = self._batch_losses().of(recipe, job.gradient)
+            else:
+                outcomes = self._outcomes(recipe, job.item_ids, seconds)
         except InputsChanged:
             raise  # every candidate after this one would be built from spoiled sources
         except (Exception, SystemExit) as error:
@@ -163,7 +164,23 @@ class Worker:
         if failure is not None and failure.kind == "memory":
             _free_memory()
         seconds["total"] = time.perf_counter() - began
-        return Result(job.key, job.attempt, outcomes, failure, seconds, self.name)
+        return Result(job.key, job.attempt, outcomes, failure, seconds, self.name, gradients)
+
+    def _outcomes(self, recipe: Recipe, item_ids: Sequence[str], seconds: dict[str, float]) -> tuple[Outcome, ...]:
+        with contextlib.ExitStack() as stack:
+            with _seconds(seconds, "merge"):
+                target = stack.enter_context(self._candidate(recipe))
+            with _seconds(seconds, "evaluate"), _seeded(self.spec.seed):
+                answer = self.evaluator.evaluate(target, list(item_ids))
+            return _checked(answer, item_ids)
+
+    def _batch_losses(self) -> BatchLosses:
+        if self._losses is None:
+            from evomerge.batch_losses import BatchLosses
+
+            assert self.target is not None  # planning refuses evaluators that need a checkpoint
+            self._losses = BatchLosses(self.merger, self.evaluator, self.target, lambda: _seeded(self.spec.seed))
+        return self._losses
 
     @contextlib.contextmanager
     def _candidate(self, recipe: Recipe) -> Iterator[Target]:

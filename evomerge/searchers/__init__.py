@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import SpecError, nearest
+from evomerge.searchers.adamerging import AdaMergingSearcher
 from evomerge.searchers.base import Point, Searcher, Told
 from evomerge.searchers.cma import CMASearcher
 from evomerge.searchers.coordinate import CoordinateSearcher
@@ -34,6 +35,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
         RandomSearcher,
         SobolSearcher,
         GridSearcher,
+        AdaMergingSearcher,
     )
 }
 

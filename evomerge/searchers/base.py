@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from evomerge.objectives import Merit, merit, violation
 from evomerge.params import Param
 
 if TYPE_CHECKING:
+    from evomerge.pools import BatchGradient
     from evomerge.space import Space
 
 
@@ -93,6 +94,45 @@ class SearcherDrift(StudyError):
         )
 
 
+class Oracle(Protocol):
+    """Where a searcher that wants gradients gets them: losses at a point, and their gradients by the weights there."""
+
+    @property
+    def items(self) -> Mapping[str, Sequence[str]]:
+        """Task -> the items to train on, in an order that never changes."""
+        ...
+
+    @property
+    def held(self) -> Mapping[str, Sequence[str]]:
+        """Task -> items that are never trained on, to see when to stop; none where nothing is held out."""
+        ...
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Task -> how much it counts."""
+        ...
+
+    @property
+    def piece(self) -> int:
+        """How many items a batch may have."""
+        ...
+
+    def gradients(
+        self, step: int, point: Point, batches: Sequence[tuple[str, Sequence[str]]], *, learn: bool = True
+    ) -> Sequence[BatchGradient]:
+        """The loss of each batch, (task, items), at ``point``, and its gradient, in the order of the batches.
+
+        Args:
+            step: names the place in the training, for messages.
+            learn: False: the losses are enough.
+
+        Raises:
+            CandidateError: of kind nan, if a loss or a gradient is not finite.
+            Interrupted: the user asked to stop.
+        """
+        ...
+
+
 class Searcher(ABC):
     """Proposes points and learns from scores. Its state is a function of (seed, the asks and tells so far).
 
@@ -112,6 +152,7 @@ class Searcher(ABC):
     params: ClassVar[Mapping[str, Param]] = {}
     objectives: ClassVar[Literal["one", "many"]] = "one"  # many: looks at ``Told.values``, or learns nothing
     asynchronous: ClassVar[bool] = True  # False: cannot propose before all that ``needs`` names were told
+    wants_gradients: ClassVar[bool] = False  # True: ``ask`` trains; see GradientSearcher
 
     def __init__(
         self, space: Space, *, seed: int = 0, starts: Sequence[Point] = (), num_objectives: int = 1, **options: Any
@@ -131,6 +172,10 @@ class Searcher(ABC):
     @property
     def size(self) -> int | None:
         """How many proposals there are, the initial point included; None: as many as wanted."""
+        return None
+
+    def ended(self, n: int) -> str | None:
+        """Why trial ``n`` is not proposed, nor any after it, although ``size`` allows for it; None: it is."""
         return None
 
     def at_once(self, budget: int) -> int:
@@ -166,3 +211,39 @@ class Searcher(ABC):
     def recommend(self) -> Point | None:
         """A point the searcher believes in beyond any it proposed (such as a distribution's mean), or None."""
         return None
+
+
+class GradientSearcher(Searcher):
+    """A searcher whose proposals are found by gradients, in ``ask``: it trains until trial n can be proposed.
+
+    The study sets ``oracle`` before it asks, stores ``state()`` and ``curve`` while ``ask`` trains and before it stores
+    the trial, and gives the last of them to ``restore`` on a resume.
+    """
+
+    wants_gradients = True
+    asynchronous = False
+    oracle: Oracle | None = None
+    curve: list[dict[str, Any]]  # a row a step since the last proposal: step, loss, tasks, gradient
+    trains_on: Literal["search", "test"] = "search"  # test: without labels
+    held_out: float = 0.0  # the share of each task's search items that are not trained on
+
+    @property
+    @abstractmethod
+    def progress(self) -> tuple[int, int]:
+        """(steps made, steps in all)."""
+
+    @abstractmethod
+    def loss_options(self) -> dict[str, Any]:
+        """What a worker must know of the loss: its name, ``over``, and whether gradients are freed at once."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that the training rests on, as plain data that JSON keeps bit for bit."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from ``state``."""
+
+    @abstractmethod
+    def failure(self, n: int) -> str | None:
+        """Why the training did not reach trial ``n``, if it did not: the trial is then a failed one."""

@@ -1,0 +1,240 @@
+"""AdaMerging: coefficients learned by gradient descent on a loss of the merged model, on items without labels or with.
+
+Yang et al. 2024, "AdaMerging: Adaptive model merging for multi-task learning" (arXiv:2310.02575): entropy of the
+predictions, Adam, a coefficient an expert (task-wise) or an expert and tensor (layer-wise, in the paper's words). Which
+coefficients there are is the space's affair, what they multiply the method's, as in every other search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from evomerge import descent
+from evomerge.errors import CandidateError, SpecError
+from evomerge.params import Param
+from evomerge.searchers.base import GradientSearcher, Point, SearcherDrift, Told
+from evomerge.space import Moving, Space
+
+LOSSES = ("entropy", "cross_entropy", "kl_to_expert", "hidden_mse")  # those of evomerge.losses, which needs torch
+
+
+class AdaMergingSearcher(GradientSearcher):
+    """Trial 0 is the start, trial n the coefficients after n * ``every`` steps of Adam; the best is chosen as ever.
+
+    Scores teach it nothing: it waits for none, and none of its numbers depend on them.
+
+    A step has a batch of each task (of ``tasks`` tasks in turn). The loss is the mean over tasks by their weights.
+
+    Raises:
+        SpecError: the space has a dimension that is no weight, more than one start was given, or what ``simplex`` says.
+    """
+
+    name = "adamerging"
+    summary = "coefficients by gradient descent on entropy or another loss; steps / every + 1 candidates"
+    objectives = "many"
+    params: ClassVar[Mapping[str, Param]] = {
+        "steps": Param(int, 500, "steps of gradient descent", low=1),
+        "every": Param(int, 50, "steps from one candidate to the next", low=1),
+        "lr": Param(
+            float, 1e-3, "Adam's step size: about how far a coefficient moves in one step", low=0, low_open=True
+        ),
+        "loss": Param(
+            str,
+            "entropy",
+            "what is made small: entropy (of the predictions), cross_entropy (of the labels), kl_to_expert and "
+            "hidden_mse (distance to each task's own expert: of its predictions, of its last hidden states)",
+            choices=LOSSES,
+        ),
+        "over": Param(
+            str,
+            "answers",
+            "whose probabilities the loss is about: answers (classes, choices) or tokens (of the vocabulary)",
+            choices=("answers", "tokens"),
+        ),
+        "batch": Param(int, 16, "items of a task in one step", low=1),
+        "tasks": Param(int, 0, "tasks in one step, which have their turns; 0: all", low=0),
+        "pull": Param(float, 0.0, "adds 0.5 * pull * the squared distance of all coefficients from the start", low=0),
+        "constraint": Param(
+            str,
+            "box",
+            "box: each coefficient in its range; softmax: those of each part of the model positive, with the sum they "
+            "start with",
+            choices=("box", "softmax"),
+        ),
+        "gradients": Param(
+            str,
+            "keep",
+            "keep: a gradient of all parameters at once, as large as the model; free: each is dropped once it is used",
+            choices=("keep", "free"),
+        ),
+        "patience": Param(
+            int, 0, "stop when the loss on held-out items was not lower for so many candidates; 0: never", low=0
+        ),
+        "holdout": Param(float, 0.0, "share of each task's search items that are never trained on", low=0, high=0.9),
+        "protocol": Param(
+            str,
+            "inductive",
+            "inductive: train on the search items; transductive: on the test items, without their labels",
+            choices=("inductive", "transductive"),
+        ),
+    }
+
+    def __init__(self, space: Any, *, seed: int = 0, starts: Any = (), **options: Any):
+        super().__init__(space, seed=seed, starts=starts, **options)
+        refuse_what_has_no_gradient(space)
+        if len(self.starts) > 1:
+            raise SpecError(
+                f"searcher adamerging begins at one point, but was given {len(self.starts)}",
+                remedy="Leave one entry in search.initial.",
+            )
+        if self.options["every"] > self.options["steps"]:
+            raise SpecError(
+                f"every <= steps must hold, but every={self.options['every']} and steps={self.options['steps']}",
+                remedy="Lower every: it is how many steps lie between two candidates.",
+            )
+        if self.options["patience"] and not self.options["holdout"]:
+            raise SpecError(
+                f"patience {self.options['patience']} looks at held-out items, but none are held out",
+                remedy="Set holdout, such as holdout: 0.2, or patience: 0.",
+            )
+        self.trains_on = "test" if self.options["protocol"] == "transductive" else "search"
+        self.held_out = self.options["holdout"]
+        start = self.starts[0]
+        softmax = self.options["constraint"] == "softmax"
+        self._names = [d.name for d in space.dimensions]
+        self._chain = descent.Chain(space)
+        self._descent = descent.Descent(
+            np.array([float(start[name]) for name in self._names]),
+            descent.simplex(space, start) if softmax else descent.box(space),
+            lr=self.options["lr"],
+            pull=self.options["pull"],
+        )
+        self._state = self._descent.begin()
+        self._failure: str | None = None
+        self._held: list[float] = []  # the loss on held-out items, of each candidate so far
+        self.curve = []
+
+    @property
+    def size(self) -> int:
+        return self.options["steps"] // self.options["every"] + 1
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self._state.step, (self.size - 1) * self.options["every"]
+
+    def ended(self, n: int) -> str | None:
+        if n and (failed := self.failure(n - 1)) is not None:
+            return f"the training failed ({failed})"
+        held, patience = self._held[:n], self.options["patience"]
+        best = held.index(min(held)) if held else 0
+        if patience and len(held) > best + patience:
+            at = best * self.options["every"]
+            return f"the loss on held-out items was not lower than at step {at} for {patience} candidates"
+        return None
+
+    def needs(self, n: int) -> int:
+        return 0
+
+    def ask(self, n: int) -> Point:
+        """Trains up to trial ``n``, or to where the training fails. Raises ValueError beyond ``size``."""
+        if n >= self.size:
+            raise ValueError(f"the training is done after {self.size} proposals")
+        goal = n * self.options["every"]
+        try:
+            while self._state.step < goal and self._failure is None:
+                self._step()
+            if self._failure is None and self.options["patience"] and len(self._held) <= n:
+                self._held.append(self._held_out_loss())
+        except CandidateError as error:
+            if error.kind != "nan":
+                raise
+            self._failure = error.reason
+        return self._point()
+
+    def tell(self, trial: Told) -> None:
+        """Nothing is learned."""
+
+    def replay(self, n: int, point: Point) -> None:
+        """Where a state was restored nothing is trained again: the last proposal must be the state's."""
+        goal = n * self.options["every"]
+        if self._failure is None and goal > self._state.step:
+            super().replay(n, point)
+        elif goal == self._state.step and point != self._point():
+            raise SearcherDrift(n, self._point(), point)
+
+    def loss_options(self) -> dict[str, Any]:
+        return {key: self.options[key] for key in ("loss", "over")} | {"free": self.options["gradients"] == "free"}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "descent": self._state.to_dict(),
+            "held": list(self._held),
+            "failure": self._failure,
+            "options": dict(self.options),
+        }
+
+    def restore(self, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
+        self._state = descent.State.from_dict(state["descent"])
+        self._held, self._failure = list(state["held"]), state["failure"]
+        self.curve = [dict(row) for row in curve]
+
+    def failure(self, n: int) -> str | None:
+        reached = n * self.options["every"] <= self._state.step and (
+            not self.options["patience"] or n < len(self._held)
+        )
+        return None if reached else self._failure
+
+    # --- a step
+
+    def _point(self) -> Point:
+        return dict(zip(self._names, self._descent.values(self._state).tolist(), strict=True))
+
+    def _step(self) -> None:
+        assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
+        step, size = self._state.step, self.options["batch"]
+        if step % self.options["every"] == 0:
+            self.curve = []
+        items = {
+            task: descent.batch(self.oracle.items[task], seed=self.seed, task=task, turn=turn, size=size)
+            for task, turn in descent.turns(step, list(self.oracle.items), self.options["tasks"])
+        }
+        batches, shares = self._batches(items)
+        found = self.oracle.gradients(step, self._point(), batches)
+        parts = [(one.loss, self._chain.to_dimensions(one.gradient)) for one in found]
+        loss, gradient = descent.mean(parts, shares)
+        after = self._descent.step(self._state, gradient)
+        if not after.is_finite:
+            raise CandidateError("nan", f"step {step}: the gradient is too large for numbers")
+        by_task = dict.fromkeys(items, 0.0)
+        for one, (task, piece) in zip(found, batches, strict=True):
+            by_task[task] += one.loss * len(piece) / len(items[task])
+        self.curve.append({"step": step, "loss": loss, "tasks": by_task, "gradient": math.hypot(*gradient.tolist())})
+        self._state = after
+
+    def _held_out_loss(self) -> float:
+        """The loss on all that is held out."""
+        assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
+        batches, shares = self._batches({task: items for task, items in self.oracle.held.items() if items})
+        found = self.oracle.gradients(self._state.step, self._point(), batches, learn=False)
+        return descent.mean([(one.loss, np.zeros(0)) for one in found], shares)[0]
+
+    def _batches(self, items: Mapping[str, Sequence[str]]) -> tuple[list[tuple[str, tuple[str, ...]]], list[float]]:
+        """(batches of each task's items, none too large; what each counts: tasks by their weights, items alike)."""
+        assert self.oracle is not None
+        batches = [(task, piece) for task, ids in items.items() for piece in descent.pieces(ids, self.oracle.piece)]
+        return batches, [self.oracle.weights[task] * len(piece) / len(items[task]) for task, piece in batches]
+
+
+def refuse_what_has_no_gradient(space: Space) -> None:
+    """SpecError, naming them, if the space has dimensions that are no weights."""
+    weights = {w.dimension for region in space.regions for w in region.weights if isinstance(w, Moving)}
+    others = [d.name for d in space.dimensions if d.name not in weights or d.choices or d.integer]
+    if others:
+        raise SpecError(
+            f"searcher adamerging moves weights only, but {', '.join(others)} would have to move as well",
+            remedy="Give it one value in the space, or use search.method tpe or random.",
+        )

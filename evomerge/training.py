@@ -1,0 +1,199 @@
+"""Training by gradient, as the study sees it: what it is possible for, and where the gradients come from.
+
+The searcher holds the coefficients and the optimiser, the store what it needs to go on, the workers nothing: to them a
+gradient is a function of a recipe and a batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evomerge.descent import hold_out
+from evomerge.dimensions import Point
+from evomerge.errors import EvaluatorError, MethodError, SpecError, StudyError
+from evomerge.pools import BatchGradient
+from evomerge.progress import Progress, Stage
+from evomerge.searchers.base import GradientSearcher
+from evomerge.validation import at
+
+if TYPE_CHECKING:
+    from evomerge.evaluation import Evaluator
+    from evomerge.planning import Plan
+    from evomerge.running import Runner
+    from evomerge.space import Space
+    from evomerge.spec import Spec
+    from evomerge.store import Store
+
+SAVE_SECONDS = 30.0  # of training that a driver which dies may lose
+
+
+def own_experts(spec: Spec) -> dict[str, str]:
+    """Task -> its own expert, of those tasks that have one.
+
+    That is what ``objective.experts`` says, or the expert that is called like the task. Where no task has one, and
+    there are as many tasks as experts, they belong together in the order of the file.
+    """
+    tasks, experts = list(spec.evaluate.tasks), list(spec.experts)
+    own = {task: spec.objective.own_expert(task) for task in tasks if spec.objective.own_expert(task) in experts}
+    if not own and len(tasks) == len(experts):
+        own = dict(zip(tasks, experts, strict=True))
+    return own
+
+
+def check_gradients(searcher: GradientSearcher, spec: Spec, space: Space, evaluator: Evaluator) -> None:
+    """Refuse what no gradient can be had of, before any model is loaded.
+
+    Raises:
+        SpecError: labels on test items, more than one start, a task without an expert of its own.
+        MethodError: a method that is not affine in its weights.
+        EvaluatorError: an evaluator, or one of its tasks, that does not predict what the loss is made of.
+    """
+    from evomerge.gradients import require_gradients
+    from evomerge.losses import LOSSES
+
+    where = str(spec.path or "experiment")
+    options = searcher.loss_options()
+    loss = LOSSES[options["loss"]]
+    try:
+        require_gradients(space.decode(space.initial()))
+    except MethodError as error:
+        raise MethodError(error.problem, where=error.where or spec.space_where, remedy=error.remedy) from None
+    if len(spec.search.initial) > 1:
+        raise SpecError(
+            f"searcher {searcher.name} begins at one point, but there are {len(spec.search.initial)}",
+            where=at(where, "search.initial"),
+            remedy="Leave one of them.",
+        )
+    if searcher.trains_on == "test" and loss.labels:
+        raise SpecError(
+            f"loss {loss.name} needs labels, and protocol transductive trains on test items, whose labels are not seen",
+            where=at(where, "search.protocol"),
+            remedy="Use protocol: inductive, or a loss without labels, such as entropy.",
+        )
+    if evaluator.needs != "model":
+        raise EvaluatorError(
+            "this evaluator looks at checkpoints on disk, by which there are no gradients",
+            where=at(where, "evaluate.with"),
+            remedy="Use evaluators/classification.py, harness.py or perplexity.py, or search.method cma or tpe.",
+        )
+    needed = loss.needs(options["over"])
+    for task in spec.evaluate.tasks:
+        lacking = sorted(needed - evaluator.predicts(task))
+        if lacking:
+            raise EvaluatorError(
+                f"loss {loss.name} over {options['over']} needs {', '.join(lacking)} of task {task!r}, but its "
+                f"evaluator predicts {', '.join(sorted(evaluator.predicts(task))) or 'nothing'}",
+                where=at(where, "search.loss"),
+                remedy="Choose another loss or search.over, an evaluator that predicts this (Evaluator.predictions), "
+                "or search.method cma or tpe, which need no gradients.",
+            )
+    if loss.teacher:
+        without = [task for task in spec.evaluate.tasks if task not in own_experts(spec)]
+        if without:
+            raise SpecError(
+                f"loss {loss.name} compares with each task's own expert, and task {without[0]!r} has none: no expert "
+                "is called like it",
+                where=at(where, "search.loss"),
+                remedy=f"Say whose it is: objective: {{experts: {{{without[0]}: EXPERT}}}}, EXPERT being one of "
+                f"{', '.join(spec.experts)}.",
+            )
+
+
+def batches_at_once(searcher: GradientSearcher, plan: Plan) -> int:
+    """How many workers a step of the training can use."""
+    size = plan.spec.evaluate.batch_size
+    return sum(
+        -(-min(searcher.options.get("batch", size), count) // size)
+        for count in plan.split_sizes()[searcher.trains_on].values()
+    )
+
+
+class Training:
+    """The oracle of a study's searcher; it stores what the training rests on."""
+
+    def __init__(self, searcher: GradientSearcher, plan: Plan, store: Store, runner: Runner, progress: Progress):
+        self.searcher, self.plan, self.store, self.runner, self.progress = searcher, plan, store, runner, progress
+        split = searcher.trains_on
+        self.items = {task: _items(plan, task, split) for task in plan.tasks}
+        cut = {
+            task: hold_out(_items(plan, task, "search"), seed=plan.spec.seed, task=task, share=searcher.held_out)
+            for task in plan.tasks
+        }
+        self.held = {task: held for task, (_, held) in cut.items()}
+        if split == "search":
+            self.items = {task: kept for task, (kept, _) in cut.items()}
+        self.weights = {task: spec.weight for task, spec in plan.tasks.items()}
+        self.piece = plan.spec.evaluate.batch_size
+        names = [source.name for source in plan.template.experts]
+        own = {task: names.index(expert) for task, expert in own_experts(plan.spec).items()}
+        self._options = {**searcher.loss_options(), "experts": own}
+        self._n, self._saved = 0, time.monotonic()
+        self._stage: Stage | None = None
+        searcher.oracle = self
+
+    def restore(self) -> None:
+        """Take up the training where the store says it was."""
+        kept = self.store.trainings()
+        if kept:
+            self.searcher.restore(kept[-1].state, kept[-1].curve)
+
+    def ask(self, n: int) -> Point:
+        """Train until the searcher can propose trial ``n``; what led there is stored, also if it does not get there."""
+        self._n = n
+        try:
+            point = self.searcher.ask(n)
+        except StudyError:
+            raise
+        except Exception:
+            self._save()
+            raise
+        self._save()
+        return point
+
+    def gradients(
+        self, step: int, point: Point, batches: Sequence[tuple[str, Sequence[str]]], *, learn: bool = True
+    ) -> list[BatchGradient]:
+        """See ``Oracle``."""
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save()
+        self._show()
+        return self.runner.gradients(step, self.plan.space.decode(point), batches, {**self._options, "learn": learn})
+
+    def _save(self) -> None:
+        self.store.save_training(self._n, self.searcher.state(), self.searcher.curve)
+        self._saved = time.monotonic()
+
+    def _show(self) -> None:
+        step, total = self.searcher.progress
+        if self._stage is None:
+            self._stage = Stage(self.progress, "training", total, "", before=step)
+        loss = f"loss {self.searcher.curve[-1]['loss']:.4g}" if self.searcher.curve else None
+        self._stage.update(step, loss)
+
+
+def _items(plan: Plan, task: str, split: str) -> tuple[str, ...]:
+    return tuple(item.id for item in plan.items if item.task == task and item.split == split)
+
+
+def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a training came to, in a sentence; None if there was none.
+
+    Args:
+        states: of the store's records, in their order.
+    """
+    if not states:
+        return None
+    last = states[-1]
+    options = last.get("options", {})
+    step = last.get("descent", {}).get("step", 0)
+    text = f"The coefficients were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
+    if last.get("failure"):
+        text += f", where the training failed ({last['failure']})"
+    if options.get("protocol") == "transductive":
+        return (
+            f"{text}, on the test items without their labels (transductive): the scores on test are of items that the "
+            "training has seen."
+        )
+    return f"{text}, on search items (inductive)."
