@@ -14,6 +14,7 @@ from evomerge.leaderboard_text import render_terminal, to_csv, to_json, to_markd
 from evomerge.objectives import Objective, merit
 from evomerge.ranking import Judge, choose_winner, find_winner, is_candidate, is_control, ranked_trials
 from evomerge.statistics import Difference, Estimate
+from evomerge.training import in_short, is_transductive
 
 if TYPE_CHECKING:
     from evomerge.store import Evaluation, Store, TrialRecord
@@ -85,6 +86,7 @@ class _Board:
         self.select = {e.subject: e for e in store.evaluations("select", True)}
         self.test = {e.subject: e for e in store.evaluations("test", True)}
         self.attempts = store.attempts()
+        self.trainings = [training.state for training in store.trainings()]
         unusual = {_split_key(a.key)[0] for a in self.attempts if not a.key.startswith(("trial:", "sweep:"))}
         others = [s for s in {*self.select, *unusual} if not s.startswith("trial:")]
         self.search = {e.subject: e.objective for e in store.evaluations("search", subjects=others)} | {
@@ -197,6 +199,9 @@ class _Board:
         if not self.objective.word:
             what, *constraints = self.objective.text()
             yield f"Objective: {what}." + (f" Constraints: {'; '.join(constraints)}." if constraints else "")
+        learned = in_short(self.trainings)
+        if learned is not None:
+            yield learned
         states = Counter(t.state for t in self.trials)
         kinds = Counter((t.failure or "unknown").partition(":")[0] for t in self.trials if t.state == "fail")
         why = f" ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})" if kinds else ""
@@ -204,9 +209,11 @@ class _Board:
             f"{len(self.trials)} trials: {states['complete']} complete, {states['fail']} failed{why}, "
             f"{states['pruned']} pruned, {states['running']} running; {self.schedule} schedule"
         )
+        transductive = any(is_transductive(state) for state in self.trainings)
+        seen = "which the training has seen without their labels" if transductive else "which no choice has seen"
         yield (
             f"The searcher learns from {self.splits['search']} search items, {self.splits['select']} select items pick "
-            f"the winner, and {self.splits['test']} test items, which no choice has seen, say what it is worth."
+            f"the winner, and {self.splits['test']} test items, {seen}, say what it is worth."
         )
         reads = len([s for s in self.test if is_candidate(s)])
         if reads > 1:

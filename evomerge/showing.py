@@ -29,6 +29,7 @@ from evomerge.spec import Spec
 from evomerge.stages import kept_folder, stages
 from evomerge.store import Evaluation, Store
 from evomerge.study import idle_workers, opening_controls, sweep_values
+from evomerge.training import curve_in_short
 from evomerge.warmstart import starting_points
 
 # A run ends with exit code 3 when more than this share of its trials failed, or when a control did.
@@ -119,6 +120,7 @@ def show_trial(store: Store, name: str) -> str:
             "point",
             *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else plain(v)}" for k, v in trial.point.items()),
         ]
+        lines += curve_in_short(store.trainings(), trial.n)
     evaluations = store.evaluations()
     for evaluation in evaluations:
         if evaluation.subject != subject:

@@ -523,7 +523,7 @@ class Store:
         c = db.training.c
         query = sa.select(c.n, c.state, c.curve, c.time).where(c.study_id == self.study_id).order_by(c.n)
 
-        def body(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+        def body(connection: sa.Connection) -> Sequence[Any]:
             return connection.execute(query).all() if db.has_training(connection) else []
 
         return [

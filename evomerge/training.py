@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from evomerge.running import Runner
     from evomerge.space import Space
     from evomerge.spec import Spec
-    from evomerge.store import Store
+    from evomerge.store import Store, TrainingRecord
 
 SAVE_SECONDS = 30.0  # of training that a driver which dies may lose
 
@@ -191,9 +191,27 @@ def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
     text = f"The coefficients were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
     if last.get("failure"):
         text += f", where the training failed ({last['failure']})"
-    if options.get("protocol") == "transductive":
+    if is_transductive(last):
         return (
             f"{text}, on the test items without their labels (transductive): the scores on test are of items that the "
             "training has seen."
         )
     return f"{text}, on search items (inductive)."
+
+
+def is_transductive(state: Mapping[str, Any]) -> bool:
+    """Did the training see the test items?"""
+    return state.get("options", {}).get("protocol") == "transductive"
+
+
+def curve_in_short(trainings: Sequence[TrainingRecord], n: int) -> list[str]:
+    """Lines about the training for trial ``n``: the first and the last of its steps; none if there was no training."""
+    rows = [row for training in trainings if training.n <= n for row in training.curve]
+    if not rows:
+        return []
+    chosen = {row["step"]: row for row in (rows[0], rows[-1])}
+    lines = [f"training  {rows[-1]['step'] + 1} steps"]
+    for step, row in chosen.items():
+        tasks = ", ".join(f"{task} {loss:.4f}" for task, loss in row["tasks"].items())
+        lines.append(f"  step {step:<6} loss {row['loss']:.4f} ({tasks}), gradient {row['gradient']:.3g}")
+    return lines
