@@ -59,6 +59,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store.save_evaluation(evaluation_of(1, "control:base", "test", outcomes=weighted, round=2))
         store.log_attempt("trial:1/search", 1, "started")
         store.log_attempt("trial:1/search", 1, "lost", "its worker died \x00", "…\n\tTraceback", 1 / 3, "host:1")
+        store.save_training(0, {"descent": {"step": 0, "x": [1 / 3]}, "failure": None}, [])
+        store.save_training(
+            1, {"descent": {"step": 1, "x": [1e-300]}}, [{"step": 0, "loss": 1 / 7, "tasks": {"one": 2}}]
+        )
         store.log_event("ask", 6)
         store.add_trial(6, {"x": 1e-300, "word": "a", "yes": True, "n": 3}, {"method": "ties"}, "other")
     store.close()
@@ -122,6 +126,25 @@ def test_other_tools_can_read_it(study: Store, tmp_path: Path):
     assert data["evaluations"][0]["outcomes"]["acc"][0][1][0] in (0, 1)
     (tmp_path / "pretty.json").write_text(json.dumps(data, indent=4, ensure_ascii=True))  # however it is laid out
     assert rows(load(tmp_path / "pretty.json", tmp_path / "b.db")) == rows(study)
+
+
+def test_what_older_versions_made_is_read_and_gone_on_with(study: Store, tmp_path: Path):
+    """Their stores have no table of trainings, and their files no section; nor have new files where there is none."""
+    kept = study.trainings()
+    study.database.write(lambda connection: connection.execute(sa.text("DROP TABLE evomerge_training")))
+    old = dump(study, tmp_path / "old.json")
+    assert "training" not in json.loads(old.read_text())
+    again = load(old, tmp_path / "new.db")
+    assert dump(again, tmp_path / "again.json").read_bytes() == old.read_bytes()
+    for store in (study, again):
+        assert store.trainings() == []
+        with store.lock():
+            store.save_training(1, {"step": 2}, [])
+        assert [(t.n, t.state) for t in store.trainings()] == [(1, {"step": 2})]
+    assert [t.n for t in kept] == [0, 1]
+    full = dump(study, tmp_path / "full.json")
+    study.database.write(lambda connection: connection.execute(sa.text("DROP TABLE evomerge_training")))
+    assert [t.n for t in load(full, study.url, name="other").trainings()] == [1]
 
 
 def test_a_study_that_is_being_written_is_dumped_in_one_state(tmp_path: Path):
