@@ -101,8 +101,12 @@ class ObjectiveSpec(Strict):
         data = self.model_dump(mode="json", exclude_defaults=True)
         return self.of[0] if set(data) <= {"of"} and len(self.of) == 1 else {"of": self._written(self.of), **data}
 
-    def check(self, tasks: Sequence[str], experts: Sequence[str], where: str) -> None:
-        """SpecError, naming the key below ``where``, unless all that is named is there."""
+    def check(self, tasks: Sequence[str], experts: Sequence[str], where: str, *, learned: bool = False) -> None:
+        """SpecError, naming the key below ``where``, unless all that is named is there.
+
+        Args:
+            learned: the search learns from the tasks' own experts, so that ``experts`` is for it, too.
+        """
         for name in self.of:
             if name not in WORDS and name not in tasks:
                 raise SpecError(
@@ -132,7 +136,7 @@ class ObjectiveSpec(Strict):
                     remedy=f"Write `experts: {{{task}: EXPERT}}`, with one of {', '.join(sorted(experts))}.",
                 )
         for task in self.experts:
-            if task not in needed:
+            if task not in needed and not learned:
                 raise SpecError(
                     f"nothing here looks at the expert of task {task!r}",
                     where=at(where, f"experts.{task}"),

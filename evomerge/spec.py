@@ -461,7 +461,11 @@ class Spec(Strict):
         _check_search(spec, where)
         if spec.tokenizer is not None:
             spec.tokenizer.check(list(spec.experts), where=at(where, "tokenizer"))
-        spec.objective.check(list(spec.evaluate.tasks), list(spec.experts), where=at(where, "objective"))
+        from evomerge.searchers.adamerging import OWN_EXPERTS
+
+        learned = spec.search.options.get("loss") in OWN_EXPERTS
+        where_objective = at(where, "objective")
+        spec.objective.check(list(spec.evaluate.tasks), list(spec.experts), where=where_objective, learned=learned)
         check_space(spec.space, list(spec.experts), where=spec.space_where, folder=spec.code_folder)
         if check_files:
             _check_files(spec, where)

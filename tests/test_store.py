@@ -825,20 +825,3 @@ def test_a_server_that_restarts_during_a_run_is_waited_for(tmp_path):
         assert "evomerge resume" in caught.value.remedy
     finally:
         server.cleanup()
-
-
-def test_a_training_is_kept_once_a_trial_as_it_was_last(url: str):
-    store = Store.create(url, "s", RECORD, items=ITEMS)
-    with store.lock():
-        assert store.trainings() == []
-        numbers = {"x": [1 / 3, 1e-300, -0.0], "failure": None}
-        store.save_training(0, numbers, [])
-        store.save_training(1, {"x": [0.1]}, [{"step": 0, "loss": 0.1}])
-        store.save_training(1, {"x": [0.2]}, [{"step": 0, "loss": 0.1}, {"step": 1, "loss": 1 / 7}])
-    kept = Store.open(url, "s").trainings()
-    assert [(t.n, t.state, [row["loss"] for row in t.curve]) for t in kept] == [
-        (0, numbers, []),
-        (1, {"x": [0.2]}, [0.1, 1 / 7]),
-    ]
-    assert str(kept[0].state["x"][2]) == "-0.0"
-    assert Store.create(url, "other", RECORD).trainings() == []

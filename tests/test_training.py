@@ -274,13 +274,13 @@ def test_held_out_items_are_not_learned_from(write_gradients):
             "task 'two' has none",
             "search.loss",
         ),
-        ({"space": {"method": "ties", "weights": {"granularity": "task"}}}, "affine", "space"),
+        ({"space": {"method": "ties", "weights": {"granularity": "task", "range": [0, 1]}}}, "affine", "space"),
         (
             {
                 "space": {
                     "method": "dare_linear",
                     "params": {"density": {"range": [0.1, 1.0]}},
-                    "weights": {"granularity": "task"},
+                    "weights": {"granularity": "task", "range": [0.0, 1.0]},
                 }
             },
             "density",
@@ -309,3 +309,20 @@ def test_workers_that_a_step_cannot_keep_busy_are_told_of(write_gradients):
     plan = build_plan(load_spec(write_gradients()), Progress(quiet=True))
     assert idle_workers(plan, 5) is None  # two items of two tasks, one at a time, and an evaluation
     assert "at most 4 busy" in str(idle_workers(plan, 6))
+
+
+def test_a_training_is_kept_once_a_trial_as_it_was_last(tmp_path):
+    store = Store.create(sqlite_url(tmp_path / "s.db"), "s", {})
+    with store.lock():
+        assert store.trainings() == []
+        numbers = {"x": [1 / 3, 1e-300, -0.0], "failure": None}
+        store.save_training(0, numbers, [])
+        store.save_training(1, {"x": [0.1]}, [{"step": 0, "loss": 0.1}])
+        store.save_training(1, {"x": [0.2]}, [{"step": 0, "loss": 0.1}, {"step": 1, "loss": 1 / 7}])
+    kept = Store.open(sqlite_url(tmp_path / "s.db"), "s").trainings()
+    assert [(t.n, t.state, [row["loss"] for row in t.curve]) for t in kept] == [
+        (0, numbers, []),
+        (1, {"x": [0.2]}, [0.1, 1 / 7]),
+    ]
+    assert str(kept[0].state["x"][2]) == "-0.0"
+    assert Store.create(sqlite_url(tmp_path / "s.db"), "other", {}).trainings() == []

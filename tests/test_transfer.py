@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -64,7 +65,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             1, {"descent": {"step": 1, "x": [1e-300]}}, [{"step": 0, "loss": 1 / 7, "tasks": {"one": 2}}]
         )
         store.log_event("ask", 6)
-        store.add_trial(6, {"x": 1e-300, "word": "a", "yes": True, "n": 3}, {"method": "ties"}, "other")
+        point: dict[str, Any] = {"x": 1e-300, "word": "a", "yes": True, "n": 3}
+        store.add_trial(6, point, {"method": "ties"}, "other")
     store.close()
     return path
 

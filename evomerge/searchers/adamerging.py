@@ -19,7 +19,8 @@ from evomerge.params import Param
 from evomerge.searchers.base import GradientSearcher, Point, SearcherDrift, Told
 from evomerge.space import Moving, Space
 
-LOSSES = ("entropy", "cross_entropy", "kl_to_expert", "hidden_mse")  # those of evomerge.losses, which needs torch
+OWN_EXPERTS = ("kl_to_expert", "hidden_mse")  # losses that look at each task's own expert
+LOSSES = ("entropy", "cross_entropy", *OWN_EXPERTS)  # those of evomerge.losses, which needs torch
 
 
 class AdaMergingSearcher(GradientSearcher):

@@ -96,6 +96,7 @@ class TestAdaMerging(SearcherContract):
 
 def test_losses_are_those_that_there_are():
     assert set(adamerging.LOSSES) == set(LOSSES)
+    assert set(adamerging.OWN_EXPERTS) == {name for name, loss in LOSSES.items() if loss.teacher}
 
 
 def test_it_is_adam_on_the_mean_over_tasks_by_their_weights():

@@ -66,7 +66,7 @@ def test_takes_the_space_or_says_why_not_and_who_does(name: str, kind: str):
     space = space_of(kind)
     why = REFUSED.get(name, {}).get(kind)
     if why is None:
-        small = {
+        small: dict[str, Any] = {
             key: 1 for key in ("n_startup", "window") if key in SEARCHERS[name].params
         }  # so that it uses its model
         searcher = make(name, space, **small)
