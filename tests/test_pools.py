@@ -141,10 +141,11 @@ def test_ctrl_c_reaches_the_driver_alone(spec, start_driver):
 
 def test_a_worker_that_is_killed_and_one_that_hangs_are_replaced(spec):
     """The short form of what TestLocalPool shows at length."""
-    pool = LocalPool(timeout=5)
+    jobs = [make_job(spec, 0), make_job(spec, 0, "_exit"), make_job(spec, 0, "hang in C"), make_job(spec, 0)]
+    expected = Worker(spec).evaluate(jobs[0]).outcomes  # compiles the loops, before time is limited
+    pool = LocalPool(timeout=10)
     pool.start(spec)
     try:
-        jobs = [make_job(spec, 0), make_job(spec, 0, "_exit"), make_job(spec, 0, "hang in C"), make_job(spec, 0)]
         results = []
         for job in jobs:
             pool.submit(job)
@@ -152,7 +153,7 @@ def test_a_worker_that_is_killed_and_one_that_hangs_are_replaced(spec):
     finally:
         pool.close()
     assert [r.failure and r.failure.kind for r in results] == [None, "lost", "timeout", None]
-    assert results[0].outcomes == results[3].outcomes == Worker(spec).evaluate(jobs[0]).outcomes
+    assert results[0].outcomes == results[3].outcomes == expected
     assert len({r.worker for r in results}) == 3
 
 

@@ -187,7 +187,8 @@ class PoolContract:
         return make_spec(tmp_path_factory.mktemp("pool"))
 
     @pytest.fixture(scope="class")
-    def pool(self, spec: WorkerSpec) -> Iterator[Pool]:
+    def pool(self, spec: WorkerSpec, reference: Callable) -> Iterator[Pool]:
+        reference(make_job(spec, 0))  # loops are compiled and kept, before workers' time is limited
         pool = self.make_pool(self.timeout)
         pool.start(spec)
         yield pool
