@@ -31,6 +31,7 @@ from evomerge.evaluation import (
 from evomerge.folders import find_folder
 from evomerge.keeping import choose, dense_bytes, keep, rooms
 from evomerge.merging import Merger, load_resident, open_sources, torch_dtype, written_bytes
+from evomerge.methods import fused
 from evomerge.methods.base import InputsChanged
 from evomerge.methods.lookup import load_codes
 from evomerge.pools import BatchGradient, Failure, Job, Result, WorkerSpec, one_line
@@ -68,6 +69,7 @@ class Worker:
         self.sources = self._open(base_path)
         load_codes(spec.codes)
         self.merger = Merger(self.sources, device=spec.device, fixed_params=spec.fixed_params)
+        fused.kernels()  # looked for now, since an evaluation has a time limit, and building a worker has none
 
         self.evaluator = make_evaluator(spec)
         self.items = self._load_items()
