@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from evomerge.checkpoints import Sources
 from evomerge.merging import torch_dtype
 from evomerge.methods.masks import MOST_BYTES
@@ -10,16 +12,16 @@ PROCESS_BYTES = 600_000_000  # the interpreter, torch, transformers, and scratch
 WHOLE_COPIES = 2  # of the largest tensor, in float32, where a method looks at a whole tensor: a sum and what is added
 
 
-def worker_bytes(sources: Sources, compute_dtype: str, *, masks: bool = False) -> int:
+def worker_bytes(sources: Sources, compute_dtype: str, *, kept_bits: Iterable[int] = ()) -> int:
     """Bytes that a worker needs for itself, beside memory-mapped files and the activations of its evaluator.
 
     It is the model in ``compute_dtype``, two copies in float32 of the largest tensor that an expert changes (the
-    control of random vectors takes that much, as do most methods), and PROCESS_BYTES. With ``masks`` a method keeps
-    random masks between candidates: a bit an entry and expert, MOST_BYTES at most.
+    control of random vectors takes that much, as do most methods), and PROCESS_BYTES; and what methods keep between
+    candidates, ``Method.kept_bits`` of each for every entry and expert, MOST_BYTES at most.
     """
     reference, width = sources.reference, torch_dtype(compute_dtype).itemsize
     model = sum(reference.numel(name) for name in sources.names) * width
     largest = max((reference.numel(name) for name in sources.names if sources.touched(name)), default=0)
     drawn = sum(reference.numel(name) for expert in sources.experts for name in sources.names if name in expert)
-    kept = min(drawn // 8, MOST_BYTES) if masks else 0
+    kept = sum(min(drawn * bits // 8, MOST_BYTES) for bits in kept_bits)
     return model + WHOLE_COPIES * 4 * largest + kept + PROCESS_BYTES

@@ -269,8 +269,8 @@ def _memory(plan: Plan) -> str:
     """What a worker holds: its model, unless the evaluator asks for candidates on disk, and perhaps sources."""
     spec = plan.spec
     if plan.evaluator.needs == "model":
-        masks = any(method in METHODS and METHODS[method].draws for method in plan.space.methods)
-        needed = worker_bytes(plan.sources, spec.compute_dtype, masks=masks)
+        kept_bits = [METHODS[name].kept_bits for name in dict.fromkeys(plan.space.methods) if name in METHODS]
+        needed = worker_bytes(plan.sources, spec.compute_dtype, kept_bits=kept_bits)
         model = f"up to {size(needed)} a worker (its model in {spec.compute_dtype}), beside the evaluator's activations"
     else:
         written = size(written_bytes(plan.sources, spec.export_dtype))

@@ -8,6 +8,7 @@ import pytest
 
 from evomerge.checkpoints import Sources, open_checkpoint, open_expert
 from evomerge.memory import PROCESS_BYTES, worker_bytes
+from evomerge.methods import METHODS
 
 # vocabulary 99, hidden 32, mlp 48, 4 layers, keys 16, embeddings tied to the head
 PARAMETERS = 99 * 32 + 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 2 * 32) + 32
@@ -22,4 +23,19 @@ def test_a_worker(lora_family: Path, dense_family: Path, dtype: str, width: int)
         expected = PARAMETERS * width + 8 * largest + PROCESS_BYTES
         assert worker_bytes(sources, dtype) == expected
         if family is dense_family:
-            assert worker_bytes(sources, dtype, masks=True) == expected + 2 * PARAMETERS // 8
+            for kept_bits, kept in (([1], PARAMETERS // 4), ([16], 4 * PARAMETERS), ([0, 1, 16], 17 * PARAMETERS // 4)):
+                assert worker_bytes(sources, dtype, kept_bits=kept_bits) == expected + kept
+
+
+def test_what_methods_keep_has_a_limit_for_each(dense_family: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("evomerge.memory.MOST_BYTES", 20_000)
+    base = open_checkpoint(dense_family / "base")
+    sources = Sources(base, [open_expert(dense_family / "expert0", base)])
+    needed = [worker_bytes(sources, "float32", kept_bits=bits) for bits in ([], [1], [16], [1, 16])]
+    assert [one - needed[0] for one in needed] == [0, PARAMETERS // 8, 20_000, 20_000 + PARAMETERS // 8]
+
+
+def test_what_methods_keep():
+    """As docs/architecture.md says it."""
+    kept = {name: method.kept_bits for name, method in METHODS.items() if method.kept_bits}
+    assert kept == {"dare_linear": 1, "dare_ties": 1, "della_linear": 16, "della": 16}

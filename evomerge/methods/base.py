@@ -82,6 +82,8 @@ class Method(ABC):
         fills: ``combine`` takes ``out=``, memory in the shape and dtype of its result, and may return that, filled.
         draws: what ``prepare`` keeps depends on the seed. It is then called with ``seed=`` where many candidates that
             share one will be merged, and without for a single merge.
+        kept_bits: how many bits an entry and expert ``prepare``'s state comes to keep at the most; all of them together
+            no more than ``masks.MOST_BYTES``. 0 for a few numbers a tensor.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
         statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
             gram, gram_merged or loss; None for a method that merges without any.
@@ -101,6 +103,7 @@ class Method(ABC):
     widens: bool = False
     fills: bool = False
     draws: bool = False
+    kept_bits: int = 0
     keeps_base: bool = True
     statistics: str | None = None
     affine_remedy: str = AFFINE

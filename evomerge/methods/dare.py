@@ -30,6 +30,7 @@ class _Dare(Method):
 
     widens = True
     draws = True
+    kept_bits = 1  # a mask
     reference = "Yu et al. 2024, Language models are super Mario (DARE), arXiv:2311.03099, section 3.2, equation 1"
 
     def chunked_with(self, state: State | None, **params: Any) -> bool:

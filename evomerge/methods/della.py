@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
 from evomerge.methods import fused
-from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, weighted_sum
 from evomerge.methods.base import LowRank, Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
-from evomerge.methods.election import MODE, NORMALIZE
+from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
 from evomerge.methods.masks import MOST_BYTES, WORD, Mask
-from evomerge.methods.random import uniform
-from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned, merge_vectors
+from evomerge.methods.random import BLOCK, stream, uniform
+from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned
 from evomerge.params import Param
+
+LONGEST = 65535  # entries of a row whose ranks, and one number more, are 16 bits
+PIECE = 4 * CHUNK  # entries looked at at once, about: the streams of draws begin every BLOCK, rows elsewhere
+SORTED = 1 << 15  # entries sorted at once: their copies fit into half a core's second cache
 
 DENSITY = Param(
     float, 0.5, "mean probability with which an entry of a task vector is kept; 1 drops nothing", 0, 1, low_open=True
@@ -61,50 +67,127 @@ def ascending(magnitudes: Tensor) -> Tensor:
     return keys.bitwise_and_(0xFFFFFFFF)
 
 
-def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
-    """(rows, n) -> the probability of each entry to stay, by the rank of its magnitude in its row."""
-    if epsilon == 0:
-        return torch.full_like(tau, density)
-    ladder = probability_ladder(tau.shape[1], density, epsilon).to(tau)
-    return torch.empty_like(tau).scatter_(1, ascending(tau.abs()), ladder.expand(tau.shape))
-
-
-def thin(base: Tensor, expert: Tensor, drawn: Tensor, density: float, epsilon: float, *, dtype: torch.dtype) -> Tensor:
-    """tau_t with each entry zero, or divided by its probability to stay where the draw is below that.
-
-    Args:
-        base, expert: (rows, n).
-        drawn: (rows, n), float32 on the CPU; compared in float32, whatever ``dtype`` the arithmetic is in.
-    """
-    if epsilon > 0 and dtype == torch.float32 and fused.kernels() is not None and fused.on_cpu(base):
+def rank_rows(base: Tensor, expert: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """(rows, n): where each entry of tau_t stands in its row by magnitude, from 0; uint16 if that can hold n, too."""
+    rows, n = base.shape
+    if n <= LONGEST and dtype == torch.float32 and fused.kernels() is not None and fused.on_cpu(base, expert):
         from evomerge.methods import rank_kernels
 
-        theta_0, theta = fused.alike([base, expert], dtype)
-        ladder = probability_ladder(base.shape[1], density, epsilon).to(dtype)
-        tau = torch.empty(base.shape, dtype=dtype)
-        rank_kernels.thin_rows(*map(fused.array, (theta_0, theta, ladder, drawn, tau)))
-        return tau
-    tau = torch.sub(expert, base.to(dtype))
-    probabilities = keep_probabilities(tau, density, epsilon)
-    keep = torch.lt(drawn.to(tau.device), probabilities.to(drawn.dtype))
-    return tau.mul_(keep.to(tau)).div_(probabilities)
+        theta_0, theta = map(fused.array, fused.alike([base, expert], dtype))
+        ranks, step = np.empty(rows * n, np.uint16), max(1, SORTED // n) * n
+        room = np.empty((2, min(step, rows * n)), np.uint32)
+        for start in range(0, rows * n, step):
+            piece = slice(start, min(start + step, rows * n))
+            magnitudes, packed = room[:, : piece.stop - piece.start]
+            rank_kernels.pack_rows(theta_0[piece], theta[piece], n, magnitudes, packed)
+            packed.reshape(-1, n).sort(axis=1)
+            rank_kernels.rank_rows(magnitudes, packed, n, ranks[piece])
+        return torch.from_numpy(ranks).view(rows, n)
+    order = ascending(torch.sub(expert, base.to(dtype)).abs_()).cpu()
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(n).expand(rows, n))
+    return ranks.to(torch.uint16) if n <= LONGEST else ranks
+
+
+def drop(ranks: Tensor, ladder: Tensor, key: tuple[int, str, int], start: int) -> Tensor:
+    """The ranks of the entries that stay, and n where one is dropped.
+
+    Args:
+        ranks: (rows, n), on the CPU.
+        ladder: (n,) float64, the probability to stay of the smallest to the largest entry; rounded to float32 here.
+        key: (seed, tensor's name, t), which the draws go by.
+        start: flat offset of the first entry.
+    """
+    if ranks.dtype == torch.uint16 and fused.kernels() is not None:
+        from evomerge.methods import rank_kernels
+
+        # Draws are whole numbers of 2**-24: below p where they are below p 2**24, rounded up.
+        limits = np.ceil(ladder.float().numpy().astype(np.float64) * 2**24).astype(np.uint32)
+        flat, kept = ranks.numpy().reshape(-1), np.empty(ranks.shape, np.uint16)
+        done = 0
+        while done < len(flat):
+            block, skipped = divmod(start + done, BLOCK)
+            piece = slice(done, done + BLOCK - skipped)
+            rank_kernels.drop_rows(stream((*key, block)), skipped, flat[piece], limits, kept.reshape(-1)[piece])
+            done = piece.stop
+        return torch.from_numpy(kept)
+    drawn = uniform(*key, start, ranks.numel()).view(ranks.shape)
+    index = ranks.to(torch.int64)
+    return index.masked_fill_(drawn >= ladder.float()[index], len(ladder)).to(ranks.dtype)
+
+
+def _divisors(ladder: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n + 1,): p, and infinity for what was dropped: tau_t over that has the sign of 0 tau_t, and is NaN like it."""
+    return torch.cat([ladder, torch.tensor([math.inf], dtype=torch.float64)]).to(dtype)
+
+
+def rescaled(base: Tensor, expert: Tensor, ranks: Tensor, divisors: Tensor) -> Tensor:
+    """(rows, n): what stays of tau_t, divided by its probability, in the type of ``divisors``."""
+    tau = torch.sub(expert, base.to(divisors.dtype))
+    return tau.div_(divisors[ranks.to(torch.int64)].to(base.device))
+
+
+def merge_ranked(
+    base: Tensor,
+    parts: Sequence[tuple[float, Tensor, Tensor]],
+    ladder: Tensor,
+    *,
+    dtype: torch.dtype,
+    election: Election | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """theta_0 + scale x the sum of the w_t tau_t / p, or with an ``election`` what TIES makes of them.
+
+    Args:
+        base: (rows, n).
+        parts: (w_t, theta_t, ranks) of each expert; ``ranks`` as ``drop`` returns them.
+        ladder: (n,) float64, p by rank.
+    """
+    divisors = _divisors(ladder, dtype)
+    ranks = [rank for _, _, rank in parts]
+    narrow = dtype == torch.float32 and all(rank.dtype == torch.uint16 for rank in ranks)
+    if fused.kernels() is None or not parts or scale == 0 or not narrow or not fused.on_cpu(base):
+        vectors = ((weight, rescaled(base, expert, rank, divisors)) for weight, expert, rank in parts)
+        if election is None:
+            merged = weighted_sum(vectors)
+        else:
+            merged = elect_and_merge(vectors, mode=election.mode, normalize=election.normalize)
+        return add_to_base(base, merged, dtype, scale=scale)
+    from evomerge.methods import rank_kernels
+
+    theta_0, *experts = fused.alike([base, *(expert for _, expert, _ in parts)], dtype)
+    merged = torch.empty(base.shape, dtype=dtype)
+    out = fused.array(merged)
+    rank_kernels.merge_ranked(
+        fused.array(theta_0),
+        fused.addresses(experts),
+        fused.addresses(ranks),
+        fused.array(divisors),
+        fused.scalars([weight for weight, _, _ in parts], out),
+        election is not None,
+        election is not None and election.mode == "mean",
+        election is not None and election.normalize,
+        out.dtype.type(scale),
+        out,
+    )
+    return merged
 
 
 @dataclass(frozen=True)
 class _Rows:
     """A tensor of the base and of the experts that count as rows, which are looked at a few at a time."""
 
+    name: str
     base: Tensor
     experts: Mapping[int, Tensor]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, base: Tensor, experts: Mapping[int, Tensor], dtype: torch.dtype) -> _Rows:
+    def of(cls, name: str, base: Tensor, experts: Mapping[int, Tensor], dtype: torch.dtype) -> _Rows:
         n = base.shape[-1] if base.dim() else 1
-        return cls(base.reshape(-1, n), {t: expert.reshape(-1, n) for t, expert in experts.items()}, dtype)
+        return cls(name, base.reshape(-1, n), {t: expert.reshape(-1, n) for t, expert in experts.items()}, dtype)
 
     def blocks(self) -> Iterator[slice]:
-        step = max(1, CHUNK // self.base.shape[1])
+        step = max(1, PIECE // self.base.shape[1])
         return (slice(first, min(first + step, len(self.base))) for first in range(0, len(self.base), step))
 
 
@@ -116,10 +199,40 @@ class _Chance:
     density: float
     epsilon: float
 
-    def thin(self, name: str, t: int, rows: _Rows, block: slice) -> Tensor:
-        base = rows.base[block]
-        drawn = uniform(self.seed, name, t, block.start * base.shape[1], base.numel()).view(base.shape)
-        return thin(base, rows.experts[t][block], drawn, self.density, self.epsilon, dtype=rows.dtype)
+    def ladder(self, n: int) -> Tensor:
+        return probability_ladder(n, self.density, self.epsilon)
+
+
+@dataclass
+class _Ranks:
+    """Ranks of entries in their rows: found once a tensor, expert and block of rows and kept, as far as there is room.
+
+    Keeping them changes no number; what is kept may be dropped at any time. It is 16 bits an entry; rows too long for
+    that are not kept.
+
+    Attributes:
+        chance: where no candidate changes it, what is kept says who was dropped, too; else that is drawn each time.
+        room: bytes.
+    """
+
+    chance: _Chance | None
+    room: int
+    _kept: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+    kept_bytes: int = 0
+
+    def find(self, chance: _Chance, ladder: Tensor, rows: _Rows, t: int, block: slice) -> Tensor:
+        """(rows, n), as ``drop`` returns them. ``chance`` must be that of ``self``, if it has one."""
+        key, n = (rows.name, t, block.start), rows.base.shape[1]
+        draws, start = (chance.seed, rows.name, t), block.start * n
+        found = self._kept.get(key)
+        if found is None:
+            found = rank_rows(rows.base[block], rows.experts[t][block], dtype=rows.dtype)
+            if self.chance is not None:
+                found = drop(found, ladder, draws, start)
+            if found.dtype == torch.uint16 and self.kept_bytes + found.nbytes <= self.room:
+                self._kept[key] = found
+                self.kept_bytes += found.nbytes
+        return found if self.chance is not None else drop(found, ladder, draws, start)
 
 
 @dataclass(frozen=True)
@@ -143,24 +256,25 @@ class _Restored:
     """
 
     chance: _Chance
+    room: int
     _kept: dict[tuple[str, int], _Stays] = field(default_factory=dict, repr=False)
     kept_bytes: int = 0
 
-    def stays(self, name: str, t: int, rows: _Rows) -> _Stays:
-        found = self._kept.get((name, t))
+    def find(self, ladder: Tensor, rows: _Rows, t: int, ranks: _Ranks) -> _Stays:
+        found = self._kept.get((rows.name, t))
         if found is None:
-            found = self._find(name, t, rows)
+            found = self._find(ladder, rows, t, ranks)
             size = found.mask.words.nbytes
-            if self.kept_bytes + size <= MOST_BYTES:
-                self._kept[name, t] = found
+            if self.kept_bytes + size <= self.room:
+                self._kept[rows.name, t] = found
                 self.kept_bytes += size
         return found
 
-    def _find(self, name: str, t: int, rows: _Rows) -> _Stays:
+    def _find(self, ladder: Tensor, rows: _Rows, t: int, ranks: _Ranks) -> _Stays:
         keep = torch.empty(rows.base.shape, dtype=torch.bool)
         norm = kept = 0.0
         for block in rows.blocks():
-            keep[block] = self.chance.thin(name, t, rows, block) != 0  # where tau is zero it does not matter
+            keep[block] = ranks.find(self.chance, ladder, rows, t, block).to(torch.int32) != len(ladder)
             tau = torch.sub(rows.experts[t][block], rows.base[block].to(rows.dtype)).abs_()
             norm += float(tau.sum(dtype=torch.float64))
             kept += float(tau.mul_(keep[block].to(tau)).sum(dtype=torch.float64))
@@ -177,6 +291,7 @@ class _Della(Method):
 
     reference = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, MagPrune"
     draws = True
+    kept_bits = 16  # a rank
 
     def check_together(self, params: Mapping[str, Any]) -> None:
         density, epsilon = params["density"], params["epsilon"]
@@ -193,11 +308,17 @@ class _Della(Method):
 
     def prepare(
         self, sources: SourceIterable, statistics: Any = None, *, seed: int | None = None, **fixed: Any
-    ) -> _Restored | None:
-        """Room for what stays, for ``rescale`` l1 with nothing that varies; with probability the ranks are needed."""
-        if seed is None or fixed.get("rescale") != "l1" or not {"density", "epsilon"} <= fixed.keys():
+    ) -> _Ranks | _Restored | None:
+        """Room for what all candidates share, which is found when it is needed.
+
+        Where they share the chances, too, that is what stays: as ranks, or for ``rescale`` l1 as bits. Else ranks.
+        """
+        if seed is None or fixed.get("density") == 1:
             return None
-        return _Restored(_Chance(seed, fixed["density"], fixed["epsilon"]))
+        chance = _Chance(seed, fixed["density"], fixed["epsilon"]) if {"density", "epsilon"} <= fixed.keys() else None
+        if chance is not None and fixed.get("rescale") == "l1":
+            return _Restored(chance, MOST_BYTES)
+        return _Ranks(chance, MOST_BYTES)
 
     def _merge(
         self,
@@ -218,21 +339,27 @@ class _Della(Method):
         if params["density"] == 1 or base.numel() == 0:
             parts = [Thinned(experts[t], weight) for t, weight in chosen.items()]
             return merge_thinned(base, parts, dtype=dtype, election=election, scale=scale)
-        rows = _Rows.of(base, {t: experts[t] for t in chosen}, dtype)
+        rows = _Rows.of(info.name, base, {t: experts[t] for t in chosen}, dtype)
         chance = _Chance(seed, params["density"], params["epsilon"])
+        ladder = chance.ladder(rows.base.shape[1])
+        ranks = _ranks(state, chance)
         merged = torch.empty(rows.base.shape, dtype=dtype, device=base.device)
+        options: dict[str, Any] = {"dtype": dtype, "election": election, "scale": scale}
         if params["rescale"] == "probability":
             for block in rows.blocks():
-                vectors = [(weight, chance.thin(info.name, t, rows, block)) for t, weight in chosen.items()]
-                merged[block] = merge_vectors(rows.base[block], vectors, dtype=dtype, election=election, scale=scale)
+                parts = [
+                    (weight, rows.experts[t][block], ranks.find(chance, ladder, rows, t, block))
+                    for t, weight in chosen.items()
+                ]
+                merged[block] = merge_ranked(rows.base[block], parts, ladder, **options)
             return merged.view(base.shape)
         restored = _restored(state, chance)
-        stays = {t: restored.stays(info.name, t, rows) for t in chosen}
+        stays = {t: restored.find(ladder, rows, t, ranks) for t in chosen}
         theta_0, flat = rows.base.reshape(-1), {t: expert.reshape(-1) for t, expert in rows.experts.items()}
         for first in range(0, base.numel(), CHUNK):
             piece = slice(first, min(first + CHUNK, base.numel()))
             parts = [stays[t].of(flat[t], weight, piece) for t, weight in chosen.items()]
-            merged.view(-1)[piece] = merge_thinned(theta_0[piece], parts, dtype=dtype, election=election, scale=scale)
+            merged.view(-1)[piece] = merge_thinned(theta_0[piece], parts, **options)
         return merged.view(base.shape)
 
     def _thinned(
@@ -248,21 +375,27 @@ class _Della(Method):
         params: Mapping[str, Any],
     ) -> Tensor:
         """What stays of one task vector, rescaled, in fresh memory. The tensor must be whole, and not empty."""
-        rows = _Rows.of(base, {t: expert}, dtype)
+        rows = _Rows.of(info.name, base, {t: expert}, dtype)
         chance = _Chance(seed, params["density"], params["epsilon"])
+        ladder, ranks = chance.ladder(rows.base.shape[1]), _ranks(state, chance)
         vector = torch.empty(rows.base.shape, dtype=dtype, device=base.device)
         if params["rescale"] == "probability":
             for block in rows.blocks():
-                vector[block] = chance.thin(info.name, t, rows, block)
+                found = ranks.find(chance, ladder, rows, t, block)
+                vector[block] = rescaled(rows.base[block], rows.experts[t][block], found, _divisors(ladder, dtype))
             return vector.view(base.shape)
-        stays = _restored(state, chance).stays(info.name, t, rows)
+        stays = _restored(state, chance).find(ladder, rows, t, ranks)
         tau = torch.sub(rows.experts[t], rows.base.to(dtype), out=vector)
         return tau.mul_(stays.mask.values(tau)).mul_(stays.factor).view(base.shape)
 
 
+def _ranks(state: State | None, chance: _Chance) -> _Ranks:
+    """``state``, if it is about what is asked for; else what keeps nothing."""
+    return state if isinstance(state, _Ranks) and state.chance in (None, chance) else _Ranks(chance, room=0)
+
+
 def _restored(state: State | None, chance: _Chance) -> _Restored:
-    """``state``, if it is about what is asked for."""
-    return state if isinstance(state, _Restored) and state.chance == chance else _Restored(chance)
+    return state if isinstance(state, _Restored) and state.chance == chance else _Restored(chance, room=0)
 
 
 @final

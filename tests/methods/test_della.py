@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -153,24 +156,70 @@ def test_bfloat16_merges_as_its_numbers_in_float64_within_rounding():
         torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_what_stays_is_kept_between_candidates_where_l1_restores(method: str):
+SHAPE = (150, 5000)  # two blocks of rows
+
+
+def candidates(method: str, params: dict[str, Any], state: Any) -> Iterator[Any]:
+    """Candidates of one search, each held against a merge of its own; yields the state after each.
+
+    The last one has another seed than the search.
+    """
     generator = torch.Generator().manual_seed(0)
-    base, *experts = torch.randn(4, 30, 5000, generator=generator)
-    info = TensorInfo("w", shape=(30, 5000))
-    params = check_params(method, METHODS[method], {"rescale": "l1"})
-    sources = [(info, base, experts)]
-    assert METHODS[method].prepare(sources, **params) is None  # a single merge
-    assert METHODS[method].prepare(sources, seed=3, rescale="l1", density=0.5) is None  # epsilon varies
-    assert METHODS[method].prepare(sources, seed=3, **{**params, "rescale": "probability"}) is None
-    state = METHODS[method].prepare(sources, seed=3, **params)
-    assert state is not None
-    for seed, weights, masks in ((3, [1, 2, 0], 2), (3, [0.5, -1, 1], 3), (4, [1, 1, 1], 3)):
+    base, *experts = torch.randn(4, *SHAPE, generator=generator)
+    info = TensorInfo("w", shape=SHAPE)
+    for seed, weights in ((3, [1, 2, 0]), (3, [0.5, -1, 1]), (3, [-1, 0.3, 2]), (4, [1, 1, 1])):
         call = {"weights": weights, "info": info, "seed": seed}
         pieces = merge_chunks(METHODS[method], base, experts, state=state, params=params, **call)
         merged = torch.cat([piece for _, piece in pieces])
         assert torch.equal(merged, METHODS[method].merge(base, experts, **call, **params).reshape(-1))
-        assert state.kept_bytes == masks * 18752  # a bit an entry, in whole words
+        yield state
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_what_stays_is_kept_between_candidates_where_l1_restores(method: str):
+    params = check_params(method, METHODS[method], {"rescale": "l1"})
+    state = METHODS[method].prepare([], seed=3, **params)
+    masks = [found.kept_bytes / 93_752 for found in candidates(method, params, state)]  # a bit an entry, in whole words
+    assert masks == [2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("varies", [[], ["density"], ["density", "epsilon"]], ids=str)
+@pytest.mark.parametrize("rescale", ["probability", "l1"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_ranks_are_kept_between_candidates(method: str, rescale: str, varies: list[str]):
+    params = check_params(method, METHODS[method], {"rescale": rescale})
+    fixed = {key: value for key, value in params.items() if key not in varies and (varies or key != "rescale")}
+    state = METHODS[method].prepare([], seed=3, **fixed)
+    # Two bytes an entry, of the experts that have had a weight. What says who stays is of no use to another seed.
+    assert [found.kept_bytes / 1_500_000 for found in candidates(method, params, state)] == [2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("room", [0, 2_900_000, 10**9])
+def test_what_is_beyond_the_room_is_found_anew(room: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("evomerge.methods.della.MOST_BYTES", room)
+    params = check_params("della", METHODS["della"], {})
+    state = METHODS["della"].prepare([], seed=3, **params)
+    *_, last = candidates("della", params, state)
+    assert last.kept_bytes <= room and (last.kept_bytes > 0) == (room > 0)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_single_merge_keeps_nothing(method: str):
+    params = check_params(method, METHODS[method], {})
+    assert METHODS[method].prepare([], **params) is None
+    assert METHODS[method].prepare([], seed=3, **{**params, "density": 1.0}) is None  # no ranks are asked for
+
+
+def test_rows_too_long_for_16_bits_are_merged_and_not_kept():
+    base, expert = torch.randn(2, 2, 65536, generator=torch.Generator().manual_seed(0))
+    params = check_params("della", METHODS["della"], {})
+    state = METHODS["della"].prepare([], seed=3, **params)
+    info = TensorInfo("w", shape=(2, 65536))
+    merged = METHODS["della"].merge(base, [expert], weights=[1.0], info=info, state=state, seed=3, **params)
+    tau = (expert - base).double().numpy()
+    expected = base.double().numpy() + drop(tau, (3, "w", 0), (params["density"], params["epsilon"]), "probability")
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert state.kept_bytes == 0
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
