@@ -121,8 +121,8 @@ def autograd(task: dict[str, Any]) -> Step:
     own = heads(task, model.config.hidden_size)
 
     def step(ids: Sequence[Tensor]) -> float:
-        merged = {
-            name: sum((weights[t, i] * tau[name] for t, tau in enumerate(taus)), theta_0)
+        merged: dict[str, Tensor] = {
+            name: theta_0 + sum(weights[t, i] * tau[name] for t, tau in enumerate(taus))
             for i, (name, theta_0) in enumerate(base.items())
         }
         losses = [
