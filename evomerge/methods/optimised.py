@@ -18,6 +18,7 @@ from evomerge.params import Param
 
 ROWS = 768  # at most about so many are optimised at a time, or BLOCK entries: a product with fewer is slower
 BLOCK = 2**18
+FEWEST = 64
 PIECE = 2**15  # entries that Adam goes through at a time: small enough for a processor's cache
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as in torch and in the authors' code
 
@@ -68,10 +69,15 @@ class WUDI(MatrixMethod):
         if start is None or steps == 0:
             return start
         pull, gram = interference(base, experts, weights, start)
-        count = math.ceil(len(start) / max(ROWS, BLOCK // start.shape[1]))
+        count = math.ceil(len(start) / rows_at_a_time(*start.shape))
         for rows, its_pull in zip(start.chunk(count), pull.chunk(count), strict=True):  # a row is a problem of its own
             rows.add_(adam(gradient_at(its_pull, gram), torch.zeros_like(rows), steps=steps, lr=lr))
         return start
+
+
+def rows_at_a_time(num_rows: int, columns: int) -> int:
+    """How many rows of a matrix are optimised together: Adam's five copies of them are to need less memory than it."""
+    return min(max(ROWS, BLOCK // columns), max(FEWEST, num_rows // 6))
 
 
 def gradient_at(pull: Tensor, gram: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
