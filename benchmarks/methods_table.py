@@ -58,6 +58,7 @@ CONTROLS_FROM = ("task_arithmetic", "default")  # the study that evaluates the c
 CONTROL_METHODS = ("random_vectors",)  # rows of METHODS that are controls already
 RECIPES_ONLY = ("gram_merged",)  # statistics that are those of one merge: their method is refused in spaces
 COLLECTED = 16  # search items a task, for methods that are weighted by data
+PATIENCE = 1800  # seconds after which a search proposes no more, whatever the experiment says: machines may be busy
 SWEEP = [0.2, 0.4, 0.6, 0.8, 1.0]
 
 # What moves of a method's parameters, by name, as it stands in a space file. Everything else stays at its default.
@@ -250,7 +251,7 @@ def run(
         file = family.cache / f"{method}.{setting}.yaml"
         file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
         spec = Spec.from_dict(data, family.home, path=file)
-        options = Options(storage=family.store, allow_drift=allow_drift)
+        options = Options(storage=family.store, seconds=PATIENCE, allow_drift=allow_drift)
         kind = METHODS[method].statistics
         if kind is not None:
             measure(family, kind, progress)
@@ -464,8 +465,9 @@ def table(rows: Sequence[Mapping[str, Any]], family: Family) -> str:
         f"### {family.title}",
         "",
         f"Mean accuracy on {test} test items ({family.split['test']} for each of {tasks} tasks) with 95% intervals. "
-        f"Search: {family.budget} candidates of `gp`, of which the defaults are the first (seed 0; none is proposed "
-        f"after {family.time}); the best on {family.split['search']} search items a task is tested. What moves is one "
+        f"Search: {family.budget} candidates of `gp`, of which the defaults are the first (seed 0; where a merge takes "
+        f"long some fewer, as the last column says); the best on {family.split['search']} search items a task is "
+        "tested. What moves is one "
         "weight for all experts (where only proportions count, one for each, and `scale`) and the method's main "
         'parameters. "Against": the paired difference to the best control, '
         f"{' or '.join(a.replace('_', ' ') for a in against)}, which was chosen on {family.split['select']} other "
