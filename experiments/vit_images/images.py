@@ -60,17 +60,17 @@ def mnist(_: Generator) -> Pictures:
 
 
 def digits(draws: Generator) -> Pictures:
-    """The UCI's 8 x 8 digits, each pixel 4 x 4, in one random colour on another, with noise."""
+    """The UCI's 8 x 8 digits, each pixel 4 x 4, dark on light, each in a random colour, with noise."""
     table = rows(DIGITS, "/digits.csv.gz")
     small = table[:, :-1].reshape(-1, 8, 8)
     ink = np.kron(small / 16, np.ones((1, 4, 4)))
-    return Pictures(coloured(ink, draws, noise=0.1), table[:, -1].astype(np.int64), keys(small.astype(np.uint8)))
+    return Pictures(coloured(1 - ink, draws, noise=0.05), table[:, -1].astype(np.int64), keys(small.astype(np.uint8)))
 
 
 def shapes(draws: Generator) -> Pictures:
-    """A shape of any size, place, turn and colour, on noise."""
+    """A light shape on a dark ground, of random size, place, turn and colours, with noise."""
     labels = draws.integers(len(SHAPES), size=DRAWN)
-    radius, turn = draws.uniform(6, 11, DRAWN), draws.uniform(0, 2 * np.pi, DRAWN)
+    radius, turn = draws.uniform(9, 13, DRAWN), draws.uniform(-0.4, 0.4, DRAWN)
     centre = SIZE / 2 + draws.uniform(-1, 1, (2, DRAWN)) * (15 - radius)
     y, x = (grid - c[:, None, None] for grid, c in zip(np.mgrid[:SIZE, :SIZE] + 0.5, centre, strict=True))
     u, v = (part / radius[:, None, None] for part in turned(x, y, turn))
@@ -78,11 +78,11 @@ def shapes(draws: Generator) -> Pictures:
     for label, inside in enumerate(SHAPES.values()):
         which = labels == label
         ink[which] = inside(u[which], v[which])
-    return drawn(ink, labels, draws, noise=0.2)
+    return drawn(ink, labels, draws, noise=0.15)
 
 
 def stripes(draws: Generator) -> Pictures:
-    """Stripes of any width and colour, under noise; a class is a direction, 15 degrees from the next."""
+    """Stripes of random width and colours, under noise; a class is a direction, 15 degrees from the next."""
     labels = draws.integers(DIRECTIONS, size=DRAWN)
     angle = np.pi / DIRECTIONS * (labels + draws.uniform(-0.35, 0.35, DRAWN))
     y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
@@ -90,7 +90,7 @@ def stripes(draws: Generator) -> Pictures:
     waves = draws.uniform(2.5, 6, DRAWN) / SIZE
     phase = draws.uniform(0, 2 * np.pi, DRAWN)
     ink = 0.5 + 0.5 * np.sin(2 * np.pi * waves[:, None, None] * across + phase[:, None, None])
-    return drawn(ink, labels, draws, noise=0.25)
+    return drawn(ink, labels, draws, noise=0.35)
 
 
 def turned(x: np.ndarray, y: np.ndarray, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +125,10 @@ SHAPES: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 DIRECTIONS = 12
 
 
-def coloured(ink: np.ndarray, draws: Generator, noise: float) -> np.ndarray:
-    """(items, 3, SIZE, SIZE): ``ink``, from 0 to 1, between two random colours that differ clearly, with noise."""
-    paper = draws.uniform(0, 1, (len(ink), 3))
-    other = (paper + draws.choice([-1, 1], paper.shape) * draws.uniform(0.35, 0.65, paper.shape)) % 1
-    mixed = paper[:, :, None, None] + (other - paper)[:, :, None, None] * ink[:, None]
+def coloured(light: np.ndarray, draws: Generator, noise: float) -> np.ndarray:
+    """(items, 3, SIZE, SIZE): from a dark colour where ``light`` is 0 to a light one where it is 1, with noise."""
+    dark, bright = draws.uniform(0, 0.45, (len(light), 3)), draws.uniform(0.55, 1, (len(light), 3))
+    mixed = dark[:, :, None, None] + (bright - dark)[:, :, None, None] * light[:, None]
     mixed += noise * draws.standard_normal(mixed.shape)
     return (255 * mixed.clip(0, 1)).round().astype(np.uint8)
 

@@ -13,8 +13,8 @@ from images import SIZE
 from torch import Tensor
 
 MEAN, STD = 0.5, 0.25  # of all channels, as experiment.yaml says too
-BASE = Training(steps=400, batch=64, learning_rate=1e-3)  # the batch is shared equally by the tasks
-EXPERT = Training(steps=150, batch=64, learning_rate=5e-4)
+BASE = Training(steps=200, batch=64, learning_rate=1e-3)  # the batch is shared equally by the tasks
+EXPERT = Training(steps=150, batch=64, learning_rate=3e-4)
 Pool = tuple[np.ndarray, np.ndarray]  # images (items, 3, SIZE, SIZE) in whole numbers; labels (items,)
 Head = Mapping[str, Tensor]  # weight (classes, hidden), bias (classes,)
 
@@ -43,18 +43,19 @@ def save(model: Any, folder: Path) -> None:
         model.save_pretrained(temporary)
 
 
-def logits(model: Any, head: Head, images: np.ndarray) -> Tensor:
-    """(items, classes): the head on the last hidden state of the class token."""
+def features(model: Any, images: np.ndarray) -> Tensor:
+    """(items, hidden): the last hidden state of the class token."""
     pixels = (torch.from_numpy(images).float() / 255 - MEAN) / STD
-    features = model(pixel_values=pixels).last_hidden_state[:, 0]
+    return model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def logits(head: Head, features: Tensor) -> Tensor:
+    """(items, classes)"""
     return torch.nn.functional.linear(features, head["weight"], head["bias"])
 
 
-def draw_loss(model: Any, head: Head, pool: Pool, deck: Deck, batch: int) -> Tensor:
-    """Cross entropy, in nats, of the deck's next ``batch`` images."""
-    images, labels = pool
-    which = deck.take(batch)
-    return torch.nn.functional.cross_entropy(logits(model, head, images[which]), torch.from_numpy(labels[which]))
+def cross_entropy(head: Head, features: Tensor, labels: np.ndarray) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits(head, features), torch.from_numpy(labels))
 
 
 def train_base(
@@ -73,8 +74,12 @@ def train_base(
     share = training.batch // len(pools)
 
     def loss() -> Tensor:
-        losses = [draw_loss(model, heads[name], pool, decks[name], share) for name, pool in pools.items()]
-        return torch.stack(losses).mean()
+        drawn = {name: decks[name].take(share) for name in pools}
+        together = features(model, np.concatenate([pools[name][0][which] for name, which in drawn.items()]))
+        parts = zip(drawn.items(), together.split(share), strict=True)
+        return torch.stack(
+            [cross_entropy(heads[name], part, pools[name][1][which]) for (name, which), part in parts]
+        ).mean()
 
     parameters = [*model.parameters(), *(tensor for head in heads.values() for tensor in head.values())]
     optimise(parameters, loss, training, report)
@@ -84,7 +89,13 @@ def train_base(
 def train_expert(base: Path, head: Head, pool: Pool, training: Training, report: Callable[[str], None] = print) -> Any:
     """The base, tuned on one task's pool under its frozen head."""
     model, deck = load(base), Deck(len(pool[1]), training.seed)
-    optimise(list(model.parameters()), lambda: draw_loss(model, head, pool, deck, training.batch), training, report)
+    images, labels = pool
+
+    def loss() -> Tensor:
+        which = deck.take(training.batch)
+        return cross_entropy(head, features(model, images[which]), labels[which])
+
+    optimise(list(model.parameters()), loss, training, report)
     return model
 
 
@@ -92,5 +103,6 @@ def train_expert(base: Path, head: Head, pool: Pool, training: Training, report:
 def right(model: Any, head: Head, pool: Pool, batch: int = 250) -> list[bool]:
     """For each image, whether its class has the highest logit."""
     images, labels = pool
-    answers = [logits(model, head, images[first : first + batch]).argmax(-1) for first in range(0, len(images), batch)]
+    starts = range(0, len(images), batch)
+    answers = [logits(head, features(model, images[first : first + batch])).argmax(-1) for first in starts]
     return (torch.cat(answers).numpy() == labels).tolist()
