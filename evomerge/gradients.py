@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from evomerge.checkpoints import grid
 from evomerge.errors import CheckpointError, EvaluatorError
 from evomerge.folders import some
 from evomerge.merging import MergePlan, Merger
-from evomerge.methods.base import LowRank, check_params, require_affine
+from evomerge.methods import fused
+from evomerge.methods.base import LowRank, arithmetic_dtype, check_params, require_affine
 from evomerge.methods.lookup import method_of
 from evomerge.placement import owners, part_of
 from evomerge.recipe import Recipe
@@ -161,6 +163,8 @@ class CoefficientGradients:
     def _products(self, plan: MergePlan, name: str, gradient: Tensor) -> Tensor:
         """(T,) float64 on the CPU: <gradient, v_t>. The gradient has the tensor's shape and any strides."""
         flat = gradient.reshape(-1)
+        if (fused_products := self._task_products(plan, name, flat)) is not None:
+            return fused_products
         totals: Tensor | None = None
         for start, t, vector in self.merger.directions(plan, name):
             product = _inner_product(flat, start, vector)
@@ -168,6 +172,29 @@ class CoefficientGradients:
                 totals = torch.zeros(len(plan.recipe.experts), dtype=torch.float64, device=product.device)
             totals[t] += product
         return torch.zeros(len(plan.recipe.experts), dtype=torch.float64) if totals is None else totals.cpu()
+
+    def _task_products(self, plan: MergePlan, name: str, gradient: Tensor) -> Tensor | None:
+        """The same by a compiled loop, where directions are task vectors of dense experts on the CPU; else None."""
+        part, _, params = plan.of(name)
+        sources, scales = self.merger.sources, part.method.task_scales(len(plan.recipe.experts), params)
+        factors = part.method.factors and sources.has_factors(name)
+        if scales is None or sources.base is None or factors or fused.kernels() is None:
+            return None
+        if self.merger.device != "cpu" or gradient.device.type != "cpu":
+            return None
+        from evomerge.methods import gradient_kernels
+
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        totals = np.zeros(len(scales))
+        for start, base, experts in self.merger.task_slices(plan, name):
+            chosen = [t for t, expert in enumerate(experts) if expert is not base]
+            dtype = arithmetic_dtype(base, *experts)
+            theta_0, *alike = fused.alike([base, *(experts[t] for t in chosen)], dtype)
+            found = np.zeros(len(chosen))
+            slope = fused.array(wide[start : start + base.numel()])
+            gradient_kernels.task_products(slope, fused.array(theta_0), fused.addresses(alike), found)
+            totals[chosen] += found
+        return torch.from_numpy(totals * scales)
 
 
 def _inner_product(gradient: Tensor, start: int, vector: Tensor | LowRank) -> Tensor:

@@ -313,6 +313,12 @@ class Merger:
             for t, vector in part.method.directions(base, experts, **call):
                 yield piece.start, t, vector
 
+    def task_slices(self, plan: MergePlan, name: str) -> Iterator[tuple[int, Tensor, list[Any]]]:
+        """(start, base, experts) of one tensor's slices, for who computes with task vectors himself."""
+        for piece, base, experts, _ in self._slices(plan, name):
+            assert base is not None
+            yield piece.start, base, experts
+
     def _stays_base(self, plan: MergePlan, name: str) -> bool:
         """False where it takes a merge to know."""
         if self.sources.base is None:

@@ -173,7 +173,7 @@ class Method(ABC):
                 breaks a rule of ``merge``.
         """
         require_affine(self, params)
-        coefficients = self._own_coefficients(len(experts), params)
+        coefficients = self.task_scales(len(experts), params)
         if coefficients is not None and base is not None:
             dtype = arithmetic_dtype(base, *(expert for expert in experts if isinstance(expert, Tensor)))
             theta_0 = base.to(dtype)
@@ -189,8 +189,8 @@ class Method(ABC):
         for t, weights in enumerate(_unit_weights(len(experts))):
             yield t, self.merge(base, experts, weights=weights, **call).sub_(origin)
 
-    def _own_coefficients(self, count: int, params: Mapping[str, Any]) -> list[float] | None:
-        """c with v_t = c_t tau_t, where ``task_coefficients`` say that the directions are task vectors."""
+    def task_scales(self, count: int, params: Mapping[str, Any]) -> list[float] | None:
+        """c with v_t = c_t tau_t for ``count`` experts, where the ``directions`` are task vectors; else None."""
         if self.task_coefficients([0.0] * count, **params) != [0.0] * count:
             return None
         found: list[float] = []
