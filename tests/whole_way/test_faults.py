@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -78,9 +79,8 @@ def disturb(path: Path, chance: random.Random, *options: str, server: Server | N
         wait_for(lambda: len(calls(path.parent)) >= worker_at or driver.poll() is not None, why="a first evaluation")
         assert driver.poll() is None, end(driver).text
         time.sleep(chance.uniform(0, 0.03))
-        victim = calls(path.parent)[-1]
-        if alive(victim):
-            psutil.Process(victim).kill()
+        with contextlib.suppress(ProcessLookupError):  # it may have just ended
+            os.kill(calls(path.parent)[-1], signal.SIGKILL)
         wait_for(lambda: len(calls(path.parent)) >= driver_at or driver.poll() is not None, why="the search")
         time.sleep(chance.uniform(0, 0.1))
         driver.kill()
