@@ -423,6 +423,9 @@ class Results:
                 self.rows.append(dict(row))
             else:
                 self.rows[self.rows.index(old)] = dict(row)
+        self.write()
+
+    def write(self) -> None:
         temporary = self.path.with_suffix(f".{os.getpid()}")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         temporary.rename(self.path)
@@ -557,14 +560,14 @@ def short(number: float, *, sign: bool = False) -> str:
     return text.replace("0.", ".", 1)
 
 
-def write_page(rows: Sequence[Mapping[str, Any]], file: Path = PAGE) -> None:
-    """Put the tables between their marks in the page."""
-    text = file.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{file} has no place for the tables: {BEGIN} ... {END}")
-    file.write_text(f"{before}{begin}\n{page(rows)}{end}{after}", encoding="utf-8")
+def put_between(file: Path, begin: str, text: str, end: str) -> None:
+    """Put ``text`` between two marks in a page, in the place of what stands there."""
+    page = file.read_text(encoding="utf-8")
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{file} has no place for the tables: {begin} ... {end}")
+    file.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None, families: Sequence[Family] = FAMILIES) -> int:
@@ -597,7 +600,7 @@ def main(arguments: Sequence[str] | None = None, families: Sequence[Family] = FA
                 print("stopped; run it again to go on", file=sys.stderr)
                 return 130
     if options.results == RESULTS:
-        write_page(results.rows)
+        put_between(PAGE, BEGIN, page(results.rows), END)
     else:
         print(page(results.rows, families))
     return 0
