@@ -194,13 +194,27 @@ class Server:
         if last:
             client.close()
 
+    @staticmethod
+    def hear(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+        """A request with its descriptors; None instead of one that did not come whole."""
+        fds: list[int] = []
+        try:
+            size, fds, _, _ = socket.recv_fds(client, 8, 8)
+            content, left = b"", int.from_bytes(size, "big")
+            while left and (more := client.recv(left)):
+                content, left = content + more, left - len(more)
+        except OSError:
+            return None, fds
+        return (json.loads(content) if content and not left else None), fds
+
     def start(self) -> None:
         client = self.listener.accept()[0]
-        size, fds, _, _ = socket.recv_fds(client, 8, 8)
-        content = b""
-        while len(content) < int.from_bytes(size, "big"):
-            content += client.recv(1 << 16)
-        request = json.loads(content)
+        request, fds = self.hear(client)
+        if request is None:  # the client was killed while it asked
+            client.close()
+            for fd in fds:
+                os.close(fd)
+            return
         pid = os.fork()
         if pid == 0:
             for connection in (client, self.listener, *self.children.values()):

@@ -134,6 +134,7 @@ class Server:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="server-"))
+        self.socket = self._folder / "socket"
         self._count = count()
         self._starts = Lock()
 
@@ -142,7 +143,7 @@ class Server:
         with self._starts:
             if self._process is None:
                 self._process = subprocess.Popen(
-                    [sys.executable, str(Path(__file__).with_name("server.py")), str(self._folder / "socket")],
+                    [sys.executable, str(Path(__file__).with_name("server.py")), str(self.socket)],
                     env={**os.environ, "PYTHONHASHSEED": "0"},  # as workers have it
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -153,7 +154,7 @@ class Server:
                 assert self._process.stdout.readline() == "ready\n"
             folder = self._folder / str(next(self._count))
             folder.mkdir()
-        return Started(str(self._folder / "socket"), folder, arguments, cwd, **environment)
+        return Started(str(self.socket), folder, arguments, cwd, **environment)
 
     def run(
         self, *arguments: str | Path, cwd: Path | None = None, code: int | None = 0, seconds: float = 400, **environment
