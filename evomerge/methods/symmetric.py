@@ -55,6 +55,8 @@ def eigh(matrix: Tensor, top: int | None = None) -> tuple[Tensor, Tensor]:
     if matrix.device.type == "cpu" and n:
         if not matrix.isfinite().all():
             raise LinAlgError("the input matrix contained non-finite values")
+        if k == 0:
+            return matrix.new_zeros(0), matrix.new_zeros(n, 0)
         with _threads():
             found = _some(matrix.numpy(), k) if k <= FEW * n else _all(matrix.numpy())
         if found is not None:

@@ -208,7 +208,7 @@ def test_machine_code_is_kept_by_the_source_of_all_loops(tmp_path: Path):
     drawn, folder = first_call(tmp_path)
     files = sorted(Path(fused.__file__).parent.glob("*kernels.py"))
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    assert drawn == "True" and len(files) == 3
+    assert drawn == "True" and len(files) == 4
     assert Path(folder).parent == tmp_path / "loops" / source
     assert list(Path(folder).glob("*.nbc"))
 
