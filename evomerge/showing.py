@@ -166,6 +166,8 @@ def describe_plan(plan: Plan, options: Options) -> str:
     """What ``run`` would do: sources, dimensions, items, evaluations, memory, disk."""
     spec, space = plan.spec, plan.space
     budget = int(options.budget) if options.budget and options.budget.isdigit() else spec.search.budget
+    searcher = make_searcher(spec, space)
+    budget = min(budget, searcher.size or budget)
     controls = len(opening_controls(plan)) + 2
     free = shutil.disk_usage(spec.folder).free
     sweep, top = len(sweep_values(plan)), spec.evaluate.finish.top
@@ -219,7 +221,7 @@ def describe_plan(plan: Plan, options: Options) -> str:
         f"then up to {controls + top + 1} on select and {controls + 1} on test: {total} items in all",
         f"workers      {count} x {spec.workers.threads} threads, {spec.workers.gpus:g} GPUs each",
         *([f"note         {idle}"] if (idle := idle_workers(plan, count)) else []),
-        *([f"note         {slow}"] if (slow := make_searcher(spec, space).note(budget)) else []),
+        *([f"note         {slow}"] if (slow := searcher.note(budget)) else []),
         f"memory       {_memory(plan)}",
         f"disk         {size(free)} free; an export takes about {size(base.total_bytes)}",
         "time         unknown until the first candidates have been evaluated; the progress line says how long is left",

@@ -97,3 +97,13 @@ def test_what_run_would_do_is_at_most_100_columns_wide(experiment):
     # What was one line stands below its text, and no word is lost.
     found = re.search(r"^time {9}unknown .*\n {13}\S.*(\n {13}\S.*)*\nnothing was written$", text, re.M)
     assert found and "the progress line says how long is left" in " ".join(found[0].split())
+
+
+def test_a_search_that_ends_by_itself_is_not_said_to_be_longer(experiment):
+    path = experiment(
+        space={"method": "task_arithmetic", "weights": {"granularity": "task", "range": [0.0, 1.0], "initial": 0.5}},
+        search={"method": "soup", "budget": 40},
+    )
+    text = describe_plan(build_plan(load_spec(path), Progress(quiet=True)), Options())
+    assert "soup, 3 trials" in text  # 2T - 1 for two experts
+    assert "3 trials + " in text
