@@ -91,7 +91,7 @@ def test_it_runs(tmp_path: Path):
     command += ["--no-peers", "--parts", "merge,copy,matrices", "--cache", str(tmp_path), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for method in ("linear", "ties", "dare_ties", "wudi"):
+    for method in ("linear", "ties", "dare_ties", "wudi, 100 steps in both"):
         assert f"| {method} |" in out.read_text()
     rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert all(seconds > 0 for row in rows for seconds in row.get("seconds", []))
