@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from evomerge.errors import CandidateError
 from evomerge.evaluation import Evaluator, Predictions, Target
 from evomerge.gradients import CoefficientGradients
-from evomerge.losses import LOSSES, Loss
+from evomerge.losses import Loss, find
 from evomerge.merging import Merger
 from evomerge.pools import BatchGradient
 from evomerge.recipe import Group, Recipe
@@ -33,6 +34,7 @@ class BatchLosses:
 
     Args:
         seeded: a context in which global random generators start from the study's seed.
+        folder: of the experiment, where a loss of the user's own is.
         kept_bytes: how much of experts' predictions is kept.
     """
 
@@ -42,10 +44,12 @@ class BatchLosses:
         evaluator: Evaluator,
         target: Target,
         seeded: Callable[[], AbstractContextManager[None]],
+        folder: Path,
         kept_bytes: int = KEPT_BYTES,
     ):
         self.merger, self.evaluator, self.target, self.seeded = merger, evaluator, target, seeded
-        self.kept_bytes = kept_bytes
+        self.folder, self.kept_bytes = folder, kept_bytes
+        self._losses: dict[str, Loss] = {}
         self._kept: OrderedDict[tuple[Any, ...], Predictions] = OrderedDict()  # the one used last is the last
         self._gradients: dict[bool, CoefficientGradients] = {}
 
@@ -58,7 +62,7 @@ class BatchLosses:
         Raises:
             CandidateError: a loss or a gradient is not finite; names the task. Or an error in one, under its name.
         """
-        loss = LOSSES[wanted["loss"]]
+        loss = self._loss(wanted["loss"])
         coefficients = self._coefficients(bool(wanted["free"]))
         ask = {"over": wanted["over"], "labels": loss.labels, "hidden": loss.hidden}
         experts = self._experts(recipe, coefficients, wanted, ask) if loss.teacher else {}
@@ -67,6 +71,11 @@ class BatchLosses:
             self._one(recipe, coefficients, loss, task, list(ids), ask, experts.get(task, {}), wanted["learn"])
             for task, ids in wanted["batches"]
         )
+
+    def _loss(self, name: str) -> Loss:
+        if name not in self._losses:
+            self._losses[name] = find(name, self.folder).loss
+        return self._losses[name]
 
     def _coefficients(self, free: bool) -> CoefficientGradients:
         if free not in self._gradients:

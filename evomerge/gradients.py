@@ -50,16 +50,19 @@ class CoefficientGradients:
     def __init__(self, merger: Merger, model: Any, *, free: bool):
         self.merger, self.model, self.free = merger, model, free
         self.placement = merger.adopt(model).placement
+        self._plan: MergePlan | None = None  # the last one: the batches of a step are of one recipe
 
-    def into(self, recipe: Recipe) -> None:
+    def into(self, recipe: Recipe) -> MergePlan:
         """Merge into the model without rounding to the export_dtype; what it holds already stays untouched.
 
         Raises:
             MethodError: a group's method is not affine in its weights.
-            CheckpointError: a tensor has no place in the model that has a gradient.
         """
-        require_gradients(recipe)
-        self.merger.into(self.model, recipe, rounded=False)
+        if self._plan is None or self._plan.recipe is not recipe:
+            require_gradients(recipe)
+            self._plan = MergePlan(self.merger, recipe, rounded=False)
+        self.merger.write(self.model, self._plan)
+        return self._plan
 
     def of(self, losses: Loss | Sequence[Loss], recipe: Recipe) -> tuple[float, Tensor]:
         """The loss at ``recipe``, which is merged into the model first, and its gradient.
@@ -75,11 +78,11 @@ class CoefficientGradients:
             be NaN or infinite.
 
         Raises:
-            MethodError, CheckpointError: as ``into``.
+            MethodError: as ``into``.
+            CheckpointError: a tensor has no place in the model that has a gradient.
             EvaluatorError: a loss does not depend on the model, or was computed without gradients.
         """
-        self.into(recipe)
-        plan = MergePlan(self.merger, recipe, rounded=False)
+        plan = self.into(recipe)
         group_of = self.merger.moving(plan)
         held = self._held(plan, group_of)
         products = {name: torch.zeros(len(recipe.experts), dtype=torch.float64) for name in held}

@@ -270,14 +270,14 @@ def run_study(
 
 
 def _refuse_other_search(plan: Plan, url: str) -> None:
-    """Space, searcher, seed, objective and the code of methods cannot drift, --allow-drift or not: stored trials could
-    not be replayed."""
+    """Space, searcher, seed, objective and the code of methods and losses cannot drift, --allow-drift or not: stored
+    trials could not be replayed."""
     name = plan.spec.name
     if not _exists(url, name):
         return
     stored = Store.open(url, name).record["fingerprint"]
-    methods = sorted(key for key in {*stored, *plan.fingerprint} if key.startswith("method "))
-    keys = ("space", "search", "seed", "objective", "tokenizer", *methods)
+    code = sorted(key for key in {*stored, *plan.fingerprint} if key.startswith(("method ", "loss ")))
+    keys = ("space", "search", "seed", "objective", "tokenizer", *code)
     other = [key for key in keys if stored.get(key) != plan.fingerprint.get(key)]
     if other:
         raise StudyError(

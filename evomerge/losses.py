@@ -7,33 +7,20 @@ float64 where the predictions are: a model in bfloat16 is no reason for a loss i
 from __future__ import annotations
 
 import functools
-import inspect
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from evomerge import installed
-from evomerge.errors import CandidateError, SpecError, nearest
+from evomerge.errors import CandidateError, SpecError
 from evomerge.evaluation import Predictions
-from evomerge.plugins import (
-    LOSS,
-    Code,
-    code_files,
-    code_hash,
-    explain,
-    find_file,
-    load_module,
-    names_file,
-    pick,
-    run_user_code,
-    split_reference,
-)
+from evomerge.finding import find_plugin
+from evomerge.plugins import LOSS, Code, explain, run_user_code
 
 __all__ = ["LOSSES", "Found", "Loss", "find"]
 
@@ -140,9 +127,6 @@ class HiddenMSE(Loss):
 LOSSES: Mapping[str, Loss] = {loss.name: loss for loss in (Entropy(), CrossEntropy(), KLToExpert(), HiddenMSE())}
 
 
-_loaded: dict[tuple[str, str], Loss] = {}  # (hash of its code, name in its file or package) -> loss
-
-
 @dataclass(frozen=True)
 class Found:
     """A loss, and its code if that is not evomerge's own."""
@@ -160,34 +144,7 @@ def find(name: str, folder: Path) -> Found:
     Raises:
         SpecError: there is none, its code fails, or it breaks a rule of losses.
     """
-    if names_file(name):
-        path = find_file(name, folder, LOSS)
-        code = Code(path=str(path), sha256=code_hash(code_files(path), path.parent))
-        key = code.sha256, split_reference(name)[1]
-        if key not in _loaded:
-            found = pick(load_module(path, LOSS), key[1], _is_loss, path, LOSS, "a Loss class")
-            _loaded[key] = _guarded(found, str(path), path)
-        return Found(_loaded[key], code)
-    installed.refuse_clash(LOSS, name, LOSSES)
-    if name in LOSSES:
-        return Found(LOSSES[name])
-    others = installed.names(LOSS)
-    if name not in others:
-        raise SpecError(f"there is no loss {name!r}", remedy=nearest(name, [*LOSSES, *others]))
-    found, code = installed.load(LOSS, name)
-    key = code.sha256, name
-    if key not in _loaded:
-        if not _is_loss(found):
-            raise SpecError(
-                f"loss {name!r} of the installed package {code.package} must be a class derived from evomerge.Loss "
-                f"with of, but is {found!r:.80}"
-            )
-        _loaded[key] = _guarded(found, code.package, Path(inspect.getfile(found)))
-    return Found(_loaded[key], code)
-
-
-def _is_loss(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Loss) and not inspect.isabstract(value)
+    return Found(*find_plugin(LOSS, name, folder, LOSSES, Loss, _guarded, "of"))
 
 
 def _guarded(loss: type[Loss], where: str, path: Path) -> Loss:

@@ -175,7 +175,12 @@ class Merger:
 
         Raises UserError if the recipe does not fit the sources, ResourceError if the model is offloaded.
         """
-        plan, resident = MergePlan(self, recipe, rounded=rounded), self.adopt(model)
+        self.write(model, MergePlan(self, recipe, rounded=rounded))
+
+    @torch.no_grad()
+    def write(self, model: Any, plan: MergePlan) -> None:
+        """As ``into``, for whoever has the plan."""
+        resident = self.adopt(model)
         for name, view in resident.placement.views.items():
             if self._must_write(resident, plan, name):
                 self._write(plan, name, view)

@@ -20,6 +20,7 @@ from evomerge.errors import CheckpointError, EvaluatorError, MethodError, Resour
 from evomerge.evaluation import SPLITS, Evaluator, EvaluatorContext, Item, TaskSpec, assign_splits, load_evaluator
 from evomerge.hub import pin
 from evomerge.keeping import refuse_pinned
+from evomerge.losses import find as find_loss
 from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
 from evomerge.methods.lookup import find as find_method
 from evomerge.methods.lookup import permit
@@ -59,9 +60,10 @@ class Plan:
 
     @property
     def codes(self) -> dict[str, Code]:
-        """The plug-ins in methods and searcher: what the experiment calls them, and their code."""
-        searcher = find_searcher(self.spec.search.method, self.spec.folder)
-        return {**self.space.codes, **({self.spec.search.method: searcher.code} if searcher.code else {})}
+        """The plug-ins in methods, searcher and loss: what the experiment calls them, and their code."""
+        searcher = self.spec.search.method, find_searcher(self.spec.search.method, self.spec.folder).code
+        loss = _loss_of(self.spec, self.space)
+        return {**self.space.codes, **{name: code for name, code in (searcher, *loss) if code is not None}}
 
     @property
     def tasks(self) -> dict[str, TaskSpec]:
@@ -289,6 +291,15 @@ def with_statistics(space: Space, spec: Spec) -> Space:
     return replace(space, statistics={method: found[kind] for method, kind in needed.items()})
 
 
+def _loss_of(spec: Spec, space: Space) -> list[tuple[str, Code | None]]:
+    """(name, its code if that is not evomerge's own) of what a search by gradient makes small; else nothing."""
+    searcher = make_searcher(spec, space)
+    if not isinstance(searcher, GradientSearcher):
+        return []
+    name = str(searcher.loss_options()["loss"])
+    return [(name, find_loss(name, spec.folder).code)]
+
+
 def make_searcher(spec: Spec, space: Space, starts: Sequence[Point] = ()) -> Searcher:
     """The experiment's searcher; SpecError if it cannot take the space or the objectives."""
     try:
@@ -418,6 +429,8 @@ def _fingerprint(
         parts |= {f"statistics of {method}": ", ".join(collected.sha256.values())}
     searcher = find_searcher(spec.search.method, spec.folder).code
     parts |= code_parts("searcher", spec.search.method, searcher, spec.folder)
+    for name, code in _loss_of(spec, space):
+        parts |= code_parts("loss", name, code, spec.folder)
     if not names_file(worker.evaluator):
         code = installed.code_of(EVALUATOR, worker.evaluator)
         parts |= code_parts("evaluator", worker.evaluator, code, spec.folder)

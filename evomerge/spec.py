@@ -461,9 +461,9 @@ class Spec(Strict):
         _check_search(spec, where)
         if spec.tokenizer is not None:
             spec.tokenizer.check(list(spec.experts), where=at(where, "tokenizer"))
-        from evomerge.searchers.adamerging import OWN_EXPERTS
+        from evomerge.searchers.adamerging import may_look_at_experts
 
-        learned = spec.search.options.get("loss") in OWN_EXPERTS
+        learned = may_look_at_experts(spec.search.options.get("loss"))
         where_objective = at(where, "objective")
         spec.objective.check(list(spec.evaluate.tasks), list(spec.experts), where=where_objective, learned=learned)
         check_space(spec.space, list(spec.experts), where=spec.space_where, folder=spec.code_folder)

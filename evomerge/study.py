@@ -64,7 +64,7 @@ def idle_workers(plan: Plan, count: int) -> str | None:
     most = most_at_once(plan)
     if count <= most:
         return None
-    if make_searcher(plan.spec, plan.space).wants_gradients:
+    if isinstance(make_searcher(plan.spec, plan.space), GradientSearcher):
         return (
             f"{count} workers, but a step of the training keeps at most {most - 1} busy, beside one that evaluates: "
             "the others help with controls and the finish only. A larger search.batch, or a smaller "

@@ -51,11 +51,15 @@ def check_gradients(searcher: GradientSearcher, spec: Spec, space: Space, evalua
         EvaluatorError: an evaluator, or one of its tasks, that does not predict what the loss is made of.
     """
     from evomerge.gradients import require_gradients
-    from evomerge.losses import LOSSES
+    from evomerge.losses import find
 
     where = str(spec.path or "experiment")
     options = searcher.loss_options()
-    loss = LOSSES[options["loss"]]
+    try:
+        loss = find(options["loss"], spec.folder).loss
+    except SpecError as error:
+        place = at(where, "search.loss") + (f": {error.where}" if error.where else "")
+        raise SpecError(error.problem, where=place, remedy=error.remedy) from error
     try:
         require_gradients(space.decode(space.initial()))
     except MethodError as error:

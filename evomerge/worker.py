@@ -181,7 +181,9 @@ class Worker:
             from evomerge.batch_losses import BatchLosses
 
             assert self.target is not None  # planning refuses evaluators that need a checkpoint
-            self._losses = BatchLosses(self.merger, self.evaluator, self.target, lambda: _seeded(self.spec.seed))
+            self._losses = BatchLosses(
+                self.merger, self.evaluator, self.target, lambda: _seeded(self.spec.seed), Path(self.spec.folder)
+            )
         return self._losses
 
     @contextlib.contextmanager

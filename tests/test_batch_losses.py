@@ -146,7 +146,7 @@ def test_experts_are_asked_once_an_item_as_far_as_there_is_room(worker, room):
     import sys
 
     assert worker.target is not None
-    losses = BatchLosses(worker.merger, worker.evaluator, worker.target, worker_seed(worker), kept_bytes=room)
+    losses = BatchLosses(worker.merger, worker.evaluator, worker.target, worker_seed(worker), Path(), kept_bytes=room)
     seen = sys.modules[type(worker.evaluator).__module__].seen
     results = []
     for _ in range(2):
@@ -171,3 +171,21 @@ def test_a_loss_that_is_no_number_names_its_task(worker, monkeypatch, learn):
     assert result.gradients is None and result.failure is not None
     assert (result.failure.kind, result.failure.reason) == ("nan", "task two: the loss is nan")
     assert torch.is_grad_enabled() and np.isfinite(of(worker, recipe_at(worker, *AT), batches=BATCHES[:1])[0].loss)
+
+
+def test_a_loss_of_the_users_own_is_found_beside_the_experiment(worker: Worker, tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        "from evomerge import Loss\n\n"
+        "class Twice(Loss):\n"
+        "    name, summary, reference, labels = 'twice', '', '', True\n\n"
+        "    def of(self, mine, expert):\n"
+        "        return -2 * mine.logits.log_softmax(1).gather(1, mine.right[:, None]).mean()\n"
+    )
+    assert worker.target is not None
+    losses = BatchLosses(worker.merger, worker.evaluator, worker.target, worker_seed(worker), tmp_path)
+    point = recipe_at(worker, *AT)
+    mine = losses.of(point, wanted(loss="mine.py@twice"))
+    own = losses.of(point, wanted(loss="cross_entropy"))
+    for found, half in zip(mine, own, strict=True):
+        assert found.loss == pytest.approx(2 * half.loss, rel=1e-6)
+        assert found.gradient == pytest.approx([2 * g for g in half.gradient], rel=1e-4, abs=1e-9)

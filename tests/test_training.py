@@ -267,6 +267,9 @@ def test_held_out_items_are_not_learned_from(write_gradients):
     [
         ({"search": {"schedule": "asynchronous"}}, "reproducible", "search.method"),
         ({"search": {"loss": "cross_entropy"}}, "needs labels of task 'one'", "search.loss"),
+        ({"search": {"loss": "entrpy"}}, "not one of entropy", "search.loss"),
+        ({"search": {"loss": "nothing.py@mine"}}, "no file 'nothing.py'", "search.loss"),
+        ({"search": {"loss": 3}}, "not one of entropy", "search.loss"),
         ({"search": {"over": "tokens"}}, "needs tokens of task 'one'", "search.loss"),
         ({"search": {"loss": "hidden_mse"}}, "needs hidden of task 'one'", "search.loss"),
         ({"search": {"loss": "cross_entropy", "protocol": "transductive"}}, "test items", "search.protocol"),
@@ -295,6 +298,19 @@ def test_what_has_no_gradient_is_refused_before_anything_loads(write_gradients, 
     with pytest.raises(UserError, match=words) as raised:
         run(write_gradients(**keys))
     assert where in str(raised.value)
+
+
+def test_a_loss_of_the_users_own_is_part_of_what_a_study_was_made_from(write_gradients):
+    path = write_gradients(search={"loss": "mine.py@half"})
+    code = "from evomerge.losses import Entropy\n\nclass Half(Entropy):\n    name = 'half'\n"
+    (path.parent / "mine.py").write_text(code)
+    pool = GradientPool()
+    run(path, pool)
+    assert {job.gradient["loss"] for job in pool.submitted if job.gradient} == {"mine.py@half"}
+    (path.parent / "mine.py").write_text(code + "    summary = 'other'\n")
+    with pytest.raises(UserError, match=r"loss mine\.py") as raised:
+        run(path)
+    assert "belongs to another experiment" in str(raised.value)
 
 
 def test_own_experts_are_by_name_by_the_objective_or_by_order(write_gradients):

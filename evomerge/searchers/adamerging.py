@@ -16,11 +16,17 @@ import numpy as np
 from evomerge import descent
 from evomerge.errors import CandidateError, SpecError
 from evomerge.params import Param
+from evomerge.plugins import LOSS
 from evomerge.searchers.base import GradientSearcher, Point, SearcherDrift, Told
 from evomerge.space import Moving, Space
 
 OWN_EXPERTS = ("kl_to_expert", "hidden_mse")  # losses that look at each task's own expert
 LOSSES = ("entropy", "cross_entropy", *OWN_EXPERTS)  # those of evomerge.losses, which needs torch
+
+
+def may_look_at_experts(loss: str | None) -> bool:
+    """Is this a loss that looks at each task's own expert? One of a plug-in, which nobody has loaded yet, may."""
+    return loss is not None and (loss in OWN_EXPERTS or loss not in LOSSES)
 
 
 class AdaMergingSearcher(GradientSearcher):
@@ -47,8 +53,10 @@ class AdaMergingSearcher(GradientSearcher):
             str,
             "entropy",
             "what is made small: entropy (of the predictions), cross_entropy (of the labels), kl_to_expert and "
-            "hidden_mse (distance to each task's own expert: of its predictions, of its last hidden states)",
+            "hidden_mse (distance to each task's own expert: of its predictions, of its last hidden states), or your "
+            "own file.py@name",
             choices=LOSSES,
+            plugin=LOSS,
         ),
         "over": Param(
             str,

@@ -152,7 +152,6 @@ class Searcher(ABC):
     params: ClassVar[Mapping[str, Param]] = {}
     objectives: ClassVar[Literal["one", "many"]] = "one"  # many: looks at ``Told.values``, or learns nothing
     asynchronous: ClassVar[bool] = True  # False: cannot propose before all that ``needs`` names were told
-    wants_gradients: ClassVar[bool] = False  # True: ``ask`` trains; see GradientSearcher
 
     def __init__(
         self, space: Space, *, seed: int = 0, starts: Sequence[Point] = (), num_objectives: int = 1, **options: Any
@@ -220,7 +219,6 @@ class GradientSearcher(Searcher):
     the trial, and gives the last of them to ``restore`` on a resume.
     """
 
-    wants_gradients = True
     asynchronous = False
     oracle: Oracle | None = None
     curve: list[dict[str, Any]]  # a row a step since the last proposal: step, loss, tasks, gradient

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge import installed
-from evomerge.errors import SpecError, nearest
+from evomerge.errors import SpecError
+from evomerge.finding import find_plugin
 from evomerge.params import Param
-from evomerge.plugins import (
-    SEARCHER,
-    Code,
-    code_files,
-    code_hash,
-    find_file,
-    load_module,
-    names_file,
-    pick,
-    run_user_code,
-    split_reference,
-)
+from evomerge.plugins import SEARCHER, Code, run_user_code
 from evomerge.searchers import SEARCHERS
 from evomerge.searchers.base import Searcher
-
-_loaded: dict[tuple[str, str], type[Searcher]] = {}  # (hash of its code, name in its file or package) -> searcher
 
 
 @dataclass(frozen=True)
@@ -47,34 +33,7 @@ def find(name: str, folder: Path) -> Found:
     Raises:
         SpecError: there is none, its code fails, or it breaks a rule of searchers.
     """
-    if names_file(name):
-        path = find_file(name, folder, SEARCHER)
-        code = Code(path=str(path), sha256=code_hash(code_files(path), path.parent))
-        key = code.sha256, split_reference(name)[1]
-        if key not in _loaded:
-            found = pick(load_module(path, SEARCHER), key[1], _is_searcher, path, SEARCHER, "a Searcher class")
-            _loaded[key] = _guarded(found, str(path), path)
-        return Found(_loaded[key], code)
-    installed.refuse_clash(SEARCHER, name, SEARCHERS)
-    if name in SEARCHERS:
-        return Found(SEARCHERS[name])
-    others = installed.names(SEARCHER)
-    if name not in others:
-        raise SpecError(f"there is no searcher {name!r}", remedy=nearest(name, [*SEARCHERS, *others]))
-    found, code = installed.load(SEARCHER, name)
-    key = code.sha256, name
-    if key not in _loaded:
-        if not _is_searcher(found):
-            raise SpecError(
-                f"searcher {name!r} of the installed package {code.package} must be a class derived from "
-                f"evomerge.Searcher with needs, ask and tell, but is {found!r:.80}"
-            )
-        _loaded[key] = _guarded(found, code.package, Path(inspect.getfile(found)))
-    return Found(_loaded[key], code)
-
-
-def _is_searcher(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Searcher) and not inspect.isabstract(value)
+    return Found(*find_plugin(SEARCHER, name, folder, SEARCHERS, Searcher, _guarded, "needs, ask and tell"))
 
 
 def _guarded(searcher: type[Searcher], where: str, path: Path) -> type[Searcher]:

@@ -16,7 +16,7 @@ from evomerge.losses import LOSSES
 from evomerge.pools import BatchGradient
 from evomerge.searchers import adamerging
 from evomerge.searchers.adamerging import AdaMergingSearcher
-from evomerge.searchers.base import GradientSearcher, Point, SearcherDrift
+from evomerge.searchers.base import Point, SearcherDrift
 from evomerge.space import Space
 from evomerge.testing.searchers import SearcherContract, make_mixed_space, make_space
 
@@ -295,4 +295,3 @@ def test_spaces_with_dimensions_that_are_no_weights_are_refused_by_name(choice):
     with pytest.raises(SpecError, match=r"ties.density|density") as raised:
         AdaMergingSearcher(make_mixed_space(choice))
     assert "tpe" in str(raised.value)
-    assert issubclass(AdaMergingSearcher, GradientSearcher) and AdaMergingSearcher.wants_gradients
