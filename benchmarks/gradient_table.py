@@ -129,19 +129,6 @@ def rows_of(store: Store, head: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [found, *controls]
 
 
-class Results(table.Results):
-    def find(self, row: str, seed: int) -> dict[str, Any] | None:  # type: ignore[override]
-        return next((r for r in self.rows if (r["row"], r["seed"]) == (row, seed)), None)
-
-    def put(self, rows: Sequence[Mapping[str, Any]]) -> None:  # type: ignore[override]
-        for row in rows:
-            old = self.find(row["row"], row["seed"])
-            if old is not None:
-                self.rows.remove(old)
-            self.rows.append(dict(row))
-        self.write()
-
-
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in Markdown, a function of the results alone."""
     data = yaml.safe_load((FOLDER / "experiment.yaml").read_text(encoding="utf-8"))
@@ -186,7 +173,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", action="store_true", help="only write docs/adamerging.md")
     options = parser.parse_args()
-    results = Results(options.results)
+    results = table.Results(options.results, keys=("row", "seed"))
     if not options.write_docs:
         if not (FOLDER / "cache" / "experts").is_dir():
             print("vit_images is not built: python experiments/vit_images/build.py", file=sys.stderr)

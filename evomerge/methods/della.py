@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, final
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from evomerge.errors import MethodError
 from evomerge.methods import fused
-from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_to_base, weighted_sum
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT
 from evomerge.methods.base import LowRank, Method, SourceIterable, State, TensorInfo, arithmetic_dtype
 from evomerge.methods.chunks import CHUNK
-from evomerge.methods.election import MODE, NORMALIZE, elect_and_merge
-from evomerge.methods.masks import MOST_BYTES, WORD, Mask
+from evomerge.methods.election import MODE, NORMALIZE
+from evomerge.methods.masks import MOST_BYTES, WORD, Kept, Mask
 from evomerge.methods.random import BLOCK, stream, uniform
-from evomerge.methods.thinning import Election, Thinned, experts_in, merge_thinned
+from evomerge.methods.thinning import Election, Thinned, add_vectors, experts_in, merge_thinned
 from evomerge.params import Param
 
 LONGEST = 65535  # entries of a row whose ranks, and one number more, are 16 bits
@@ -147,11 +147,7 @@ def merge_ranked(
     narrow = dtype == torch.float32 and all(rank.dtype == torch.uint16 for rank in ranks)
     if fused.kernels() is None or not parts or scale == 0 or not narrow or not fused.on_cpu(base):
         vectors = ((weight, rescaled(base, expert, rank, divisors)) for weight, expert, rank in parts)
-        if election is None:
-            merged = weighted_sum(vectors)
-        else:
-            merged = elect_and_merge(vectors, mode=election.mode, normalize=election.normalize)
-        return add_to_base(base, merged, dtype, scale=scale)
+        return add_vectors(base, vectors, dtype=dtype, election=election, scale=scale)
     from evomerge.methods import rank_kernels
 
     theta_0, *experts = fused.alike([base, *(expert for _, expert, _ in parts)], dtype)
@@ -204,35 +200,32 @@ class _Chance:
 
 
 @dataclass
-class _Ranks:
-    """Ranks of entries in their rows: found once a tensor, expert and block of rows and kept, as far as there is room.
-
-    Keeping them changes no number; what is kept may be dropped at any time. It is 16 bits an entry; rows too long for
-    that are not kept.
+class _Ranks(Kept):
+    """Ranks of entries in their rows, by tensor, expert and block of rows: 16 bits an entry. Rows too long for that are
+    not kept.
 
     Attributes:
         chance: where no candidate changes it, what is kept says who was dropped, too; else that is drawn each time.
-        room: bytes.
     """
 
     chance: _Chance | None
-    room: int
-    _kept: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
-    kept_bytes: int = 0
 
     def find(self, chance: _Chance, ladder: Tensor, rows: _Rows, t: int, block: slice) -> Tensor:
         """(rows, n), as ``drop`` returns them. ``chance`` must be that of ``self``, if it has one."""
-        key, n = (rows.name, t, block.start), rows.base.shape[1]
-        draws, start = (chance.seed, rows.name, t), block.start * n
-        found = self._kept.get(key)
-        if found is None:
-            found = rank_rows(rows.base[block], rows.experts[t][block], dtype=rows.dtype)
-            if self.chance is not None:
-                found = drop(found, ladder, draws, start)
-            if found.dtype == torch.uint16 and self.kept_bytes + found.nbytes <= self.room:
-                self._kept[key] = found
-                self.kept_bytes += found.nbytes
-        return found if self.chance is not None else drop(found, ladder, draws, start)
+
+        def ranked() -> Tensor:
+            return rank_rows(rows.base[block], rows.experts[t][block], dtype=rows.dtype)
+
+        def dropped(ranks: Tensor) -> Tensor:
+            return drop(ranks, ladder, (chance.seed, rows.name, t), block.start * rows.base.shape[1])
+
+        def size(ranks: Tensor) -> float:
+            return ranks.nbytes if ranks.dtype == torch.uint16 else math.inf
+
+        key = rows.name, t, block.start
+        if self.chance is None:
+            return dropped(self._find(key, ranked, size))
+        return self._find(key, lambda: dropped(ranked()), size)
 
 
 @dataclass(frozen=True)
@@ -249,28 +242,17 @@ class _Stays:
 
 
 @dataclass
-class _Restored:
-    """What stays where the L1 norm is restored: found once a tensor and expert and kept, as far as there is room.
-
-    Keeping it changes no number; what is kept may be dropped at any time.
-    """
+class _Restored(Kept):
+    """What stays where the L1 norm is restored, by tensor and expert."""
 
     chance: _Chance
-    room: int
-    _kept: dict[tuple[str, int], _Stays] = field(default_factory=dict, repr=False)
-    kept_bytes: int = 0
 
     def find(self, ladder: Tensor, rows: _Rows, t: int, ranks: _Ranks) -> _Stays:
-        found = self._kept.get((rows.name, t))
-        if found is None:
-            found = self._find(ladder, rows, t, ranks)
-            size = found.mask.words.nbytes
-            if self.kept_bytes + size <= self.room:
-                self._kept[rows.name, t] = found
-                self.kept_bytes += size
-        return found
+        return self._find(
+            (rows.name, t), lambda: self._stays(ladder, rows, t, ranks), lambda found: found.mask.words.nbytes
+        )
 
-    def _find(self, ladder: Tensor, rows: _Rows, t: int, ranks: _Ranks) -> _Stays:
+    def _stays(self, ladder: Tensor, rows: _Rows, t: int, ranks: _Ranks) -> _Stays:
         keep = torch.empty(rows.base.shape, dtype=torch.bool)
         norm = kept = 0.0
         for block in rows.blocks():
@@ -317,8 +299,8 @@ class _Della(Method):
             return None
         chance = _Chance(seed, fixed["density"], fixed["epsilon"]) if {"density", "epsilon"} <= fixed.keys() else None
         if chance is not None and fixed.get("rescale") == "l1":
-            return _Restored(chance, MOST_BYTES)
-        return _Ranks(chance, MOST_BYTES)
+            return _Restored(chance, room=MOST_BYTES)
+        return _Ranks(chance, room=MOST_BYTES)
 
     def _merge(
         self,
@@ -380,9 +362,10 @@ class _Della(Method):
         ladder, ranks = chance.ladder(rows.base.shape[1]), _ranks(state, chance)
         vector = torch.empty(rows.base.shape, dtype=dtype, device=base.device)
         if params["rescale"] == "probability":
+            divisors = _divisors(ladder, dtype)
             for block in rows.blocks():
                 found = ranks.find(chance, ladder, rows, t, block)
-                vector[block] = rescaled(rows.base[block], rows.experts[t][block], found, _divisors(ladder, dtype))
+                vector[block] = rescaled(rows.base[block], rows.experts[t][block], found, divisors)
             return vector.view(base.shape)
         stays = _restored(state, chance).find(ladder, rows, t, ranks)
         tau = torch.sub(rows.experts[t], rows.base.to(dtype), out=vector)

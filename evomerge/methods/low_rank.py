@@ -144,8 +144,12 @@ class IsoCTS(MatrixMethod):
 
     @staticmethod
     def _own_part(weight: float, tau: Tensor | LowRank, common: Tensor, dtype: torch.dtype, count: int) -> SVD:
-        """The top triples of w tau without its part in the common left directions."""
-        size = norm(tau)
+        """The top triples of w tau without its part in the common left directions.
+
+        Taking that part out leaves as much rounding again as a decomposition does. Where nothing else is left (a LoRA
+        expert has few directions), that must not become a direction of its own.
+        """
+        size = 2 * norm(tau)
         return scaled(svd(without(tau, common), dtype, count, reference=size), weight)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 from evomerge.methods import fused
 from evomerge.methods.random import BLOCK, WARM_UP, plane_seeds, seeded
 
-MOST_BYTES = 1 << 30  # of the masks that a worker keeps; what is beyond is drawn anew for every candidate
+T = TypeVar("T")
+
+MOST_BYTES = 1 << 30  # of what a method keeps in a worker; what is beyond is found anew for every candidate
 WORD = 32
 PLANES = 53  # binary digits of the number that is compared with a density: a float64 in [0.5, 1) has no more
 PLANE_WORD = 64
@@ -109,24 +113,36 @@ def _draw_block(generator: np.random.SFC64, limit: int, inside: slice, out: np.n
 
 
 @dataclass
-class Masks:
-    """The masks of one seed and density: each is drawn once and kept, as long as they fit into MOST_BYTES.
+class Kept:
+    """What is found once and kept, as far as there is room. Keeping it changes no number; any of it may be dropped.
 
-    Keeping them changes no number; what is kept may be dropped at any time.
+    Attributes:
+        room: bytes.
     """
+
+    room: int = field(default_factory=lambda: MOST_BYTES, kw_only=True)
+    kept_bytes: int = field(default=0, kw_only=True)
+    _kept: dict[Any, Any] = field(default_factory=dict, kw_only=True, repr=False)
+
+    def _find(self, key: Any, find: Callable[[], T], size: Callable[[T], float]) -> T:
+        """What ``find`` gives, from before if it was kept. Of ``size`` infinity it never is."""
+        if key in self._kept:
+            return self._kept[key]
+        found = find()
+        if self.kept_bytes + size(found) <= self.room:
+            self._kept[key] = found
+            self.kept_bytes += int(size(found))
+        return found
+
+
+@dataclass
+class Masks(Kept):
+    """The masks of one seed and density."""
 
     seed: int
     density: float
-    _kept: dict[tuple[str, int, int, int], Mask] = field(default_factory=dict, repr=False)
-    kept_bytes: int = 0
 
     def draw(self, tensor_name: str, expert_index: int, start: int, count: int) -> Mask:
         """As ``draw_mask``."""
         key = (tensor_name, expert_index, start, count)
-        if key not in self._kept:
-            mask = draw_mask(self.seed, tensor_name, expert_index, start, count, self.density)
-            if self.kept_bytes + mask.words.nbytes > MOST_BYTES:
-                return mask
-            self._kept[key] = mask
-            self.kept_bytes += mask.words.nbytes
-        return self._kept[key]
+        return self._find(key, lambda: draw_mask(self.seed, *key, self.density), lambda mask: mask.words.nbytes)

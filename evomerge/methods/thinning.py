@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,8 @@ def merge_thinned(
     """
     kernels = fused.kernels()
     if kernels is None or not parts or scale == 0 or not fused.on_cpu(base, *(part.expert for part in parts)):
-        return _plain(base, parts, dtype=dtype, election=election, scale=scale)
+        vectors = thinned_vectors(base, parts, dtype)
+        return add_vectors(base, vectors, dtype=dtype, election=election, scale=scale)
     theta_0, *experts = fused.alike([base, *(part.expert for part in parts)], dtype)
     words = [None if part.mask is None else part.mask.words for part in parts]
     merged = torch.empty(base.shape, dtype=dtype)
@@ -86,10 +87,18 @@ def merge_thinned(
     return merged
 
 
-def _plain(
-    base: Tensor, parts: Sequence[Thinned], *, dtype: torch.dtype, election: Election | None, scale: float
+def add_vectors(
+    base: Tensor,
+    vectors: Iterable[tuple[float, Tensor]],
+    *,
+    dtype: torch.dtype,
+    election: Election | None,
+    scale: float,
 ) -> Tensor:
-    vectors = thinned_vectors(base, parts, dtype)
+    """theta_0 + scale x the sum of w v over (w, v), or with an ``election`` what TIES makes of them: the plain code.
+
+    The vectors are in ``dtype``; their memory is reused.
+    """
     if election is None:
         merged = weighted_sum(vectors)
     else:

@@ -15,7 +15,6 @@ the files.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parent))
 
 import corpora  # noqa: E402
-from building import need, package_file, print_accuracies, save_head, say  # noqa: E402
+from building import need, package_file, print_accuracies, run_steps, save_head, say  # noqa: E402
 
 CACHE = FOLDER / "cache"
 BASE, DATA, HEADS, EXPERTS = CACHE / "base", CACHE / "data", CACHE / "heads", CACHE / "experts"
@@ -116,17 +115,7 @@ def main() -> None:
         "--coefficients", type=float, nargs="*", default=[0.4, 0.6, 0.8, 1.0], help="measure: uniform merges beside 1/T"
     )
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if arguments.step != "data":
-        import torch
-        from transformers.utils import logging
-
-        torch.set_num_threads(arguments.threads)
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    steps = {"base": base, "data": data, "heads": heads, "experts": experts, "measure": measure}
-    for step in STEPS if arguments.step == "all" else (arguments.step,):
-        steps[step](arguments)
+    run_steps(arguments, {"base": base, "data": data, "heads": heads, "experts": experts, "measure": measure}, STEPS)
 
 
 if __name__ == "__main__":

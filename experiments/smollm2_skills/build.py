@@ -18,10 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-import conversion
-import skills
-
 FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parent))
+
+import conversion  # noqa: E402
+import skills  # noqa: E402
+from building import need  # noqa: E402
+
 BASE, DATA, ADAPTERS = FOLDER / "cache" / "base", FOLDER / "cache" / "data", FOLDER / "adapters"
 
 
@@ -73,11 +76,6 @@ def measure(arguments: argparse.Namespace) -> None:
     measuring.table(
         BASE, DATA, ADAPTERS, tasks=arguments.tasks, items=arguments.items, coefficients=arguments.coefficients
     )
-
-
-def need(path: Path, step: str) -> None:
-    if not path.is_dir():
-        raise SystemExit(f"{path} is not there. Run: python {Path(__file__).name} {step}")
 
 
 def main() -> None:

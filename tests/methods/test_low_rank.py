@@ -160,6 +160,17 @@ def test_iso_c_goes_with_the_size_of_the_sum(family: Family, factor: float):
     assert_like(family.merge("iso_c"), family, factor * tau)
 
 
+def test_rounding_is_no_direction_of_a_task_in_iso_cts():
+    """One expert of one direction, which is the common one: nothing is left that is its own."""
+    rows = np.array([72, -40, 64, 32, 0, 0, 56, -72, -40, -72])
+    columns = np.array([1, -0.5, 0.5, -0.125])
+    draws = np.random.default_rng(0)
+    for _ in range(200):
+        tau = np.outer(rows + draws.integers(-3, 4, 10), columns + draws.standard_normal(4))
+        family = Family(np.zeros((10, 4)), [tau], [0.35546875])
+        np.testing.assert_allclose(family.merge("iso_cts", common=0.25), 0.35546875 * tau, atol=1e-10)
+
+
 def test_iso_cts_with_everything_common_is_iso_c_to_the_bit():
     family = Family(np.zeros((6, 4)), list(np.random.default_rng(1).standard_normal((3, 6, 4))), [1.0, 0.5, 2.0])
     assert np.array_equal(family.merge("iso_cts", common=1.0), family.merge("iso_c"))
