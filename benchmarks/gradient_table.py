@@ -1,15 +1,19 @@
-"""Searches by gradient beside CMA-ES and the controls on a real family: one table, three seeds, resumable.
+"""Searches by gradient beside CMA-ES and the controls on real families: a table each, three seeds, resumable.
 
-    python benchmarks/gradient_table.py                 go on where the results file stops, then write the page
-    python benchmarks/gradient_table.py --rows cma      these rows only; --seeds 0: these seeds only
-    python benchmarks/gradient_table.py --write-docs    only write docs/adamerging.md from the results
+    python benchmarks/gradient_table.py                      go on where the results file stops, then write the page
+    python benchmarks/gradient_table.py vit_images           this family only; --seeds 0: these seeds only
+    python benchmarks/gradient_table.py --rows "hybrid, a tensor"     these rows only
+    python benchmarks/gradient_table.py --write-docs         only write docs/adamerging.md from the results
 
 Every cell is a study of evomerge's own on the family's experiment file, with another space and search; the seed is the
 study's, so that it also says which items are for what. Rows by gradient all have the same steps, batches and step size,
-which were set once, before any test item was looked at. A step's backward pass is counted as two forward passes: "cma"
-may evaluate as many candidates as come to the same number of passes as a row by gradient, training and candidates.
+which were set once, before any test item was looked at. A step's backward pass is counted as two forward passes:
+"cma, ... at equal passes" may evaluate as many candidates as come to the same number of passes as a row by gradient,
+training and candidates; "at equal time" as many as it can in the time that the row named in its place took to search.
+The hybrid has as many passes, too: half of them are its descents', a quarter its products' at most, the rest CMA-ES's.
 
-One line of JSON a row and seed goes to benchmarks/gradient_table.jsonl when it is done; delete lines to measure anew.
+A family's studies of one seed share their controls. One line of JSON a row and seed goes to
+benchmarks/gradient_table.jsonl when it is done; delete lines to measure anew.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ import methods_table as table
 import yaml
 
 from evomerge.errors import Interrupted
-from evomerge.launch import Options, aggregate_of, run_study
+from evomerge.launch import Options, aggregate_of, run_study, sqlite_url
 from evomerge.leaderboard import leaderboard
 from evomerge.pools import LocalPool
 from evomerge.progress import Progress
@@ -40,42 +45,154 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 PAGE = ROOT / "docs" / "adamerging.md"
 BEGIN, END = "<!-- begin: benchmarks/gradient_table.py -->", "<!-- end: benchmarks/gradient_table.py -->"
 SEEDS = (0, 1, 2)
-FOLDER = ROOT / "experiments" / "vit_images"
-TITLE = "ViT images: four encoders of 467,000 parameters, whole checkpoints"
-STEPS, EVERY, BATCH, LR = 300, 50, 16, 0.002
 BACKWARD = 2  # a backward pass costs about as much as so many forward passes
-WEIGHTS = {"range": [0.0, 1.0], "initial": 0.3}
 
 
-def gradient(**changes: Any) -> dict[str, Any]:
-    return {"method": "adamerging", "steps": STEPS, "every": EVERY, "batch": BATCH, "lr": LR, **changes}
+@dataclass(frozen=True)
+class Family:
+    """A folder with an experiment.yaml, and what its searches by gradient have.
+
+    Args:
+        split: items a task; none: the experiment file's.
+        over: what the losses are over.
+    """
+
+    name: str
+    title: str
+    steps: int
+    every: int
+    batch: int
+    lr: float
+    weights: Mapping[str, Any]
+    over: str = "answers"
+    split: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "experiments" / self.name
+
+    @property
+    def file(self) -> dict[str, Any]:
+        """Its experiment file, with the table's split."""
+        data = yaml.safe_load((self.folder / "experiment.yaml").read_text(encoding="utf-8"))
+        data["workers"] = {"count": 1, "threads": 1}
+        if self.split:
+            data["evaluate"]["split"] = dict(self.split)
+        return data
+
+    @property
+    def is_built(self) -> bool:
+        file = self.file
+        return all((self.folder / path).is_dir() for path in (file["base"], *file["experts"].values()))
+
+    @property
+    def cache(self) -> Path:
+        folder = self.folder / "cache" / "gradient_table"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def searched(self) -> int:
+        """How many items a candidate is evaluated on."""
+        file = self.file
+        return file["evaluate"]["split"]["search"] * len(file["evaluate"]["tasks"])
+
+    @property
+    def step_passes(self) -> int:
+        """Forward passes of one item that a step comes to."""
+        return self.batch * len(self.file["evaluate"]["tasks"]) * (1 + BACKWARD)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one item that a search by gradient comes to."""
+        return self.steps * self.step_passes + (self.steps // self.every + 1) * self.searched
+
+    def descent(self, **changes: Any) -> dict[str, Any]:
+        search = {"method": "adamerging", "steps": self.steps, "every": self.every, "batch": self.batch, "lr": self.lr}
+        search |= {"over": self.over} if self.over != "answers" else {}
+        search |= changes
+        return {**search, "budget": self.steps // self.every + 1}
+
+    def hybrid(self, **changes: Any) -> dict[str, Any]:
+        """Half of the steps in two descents, at most a quarter in products, the rest CMA-ES's."""
+        every = self.every // 2
+        first, second = 3 * self.steps // 8 // every * every, self.steps // 8 // every * every
+        products = min(16, self.steps // 4 * self.batch // 2 // (2 * self.batch))
+        trained = (first + second + 2 * 2 * products) * self.step_passes
+        descended = first // every + 1 + second // every
+        candidates = max(4, (self.passes - trained) // self.searched - descended)
+        search = {**self.descent(**changes), "method": "hybrid", "every": every, "steps": first, "refine": second}
+        search |= {"products": products, "product_batch": 2 * self.batch, "candidates": candidates}
+        return {**search, "budget": descended + candidates}
 
 
-# row -> (granularity, method, search); what the searches by gradient cost CMA-ES may cost, too
-ROWS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
-    "entropy, an expert": ("task", "task_arithmetic", gradient()),
-    "entropy, a tensor": ("tensor", "task_arithmetic", gradient()),
-    "entropy, a tensor, ++": ("tensor", "ties_linear", gradient()),
-    "entropy, a tensor, transductive": ("tensor", "task_arithmetic", gradient(protocol="transductive")),
-    "cross entropy, an expert": ("task", "task_arithmetic", gradient(loss="cross_entropy")),
-    "cross entropy, a tensor": ("tensor", "task_arithmetic", gradient(loss="cross_entropy")),
-    "KL to experts, a tensor": ("tensor", "task_arithmetic", gradient(loss="kl_to_expert")),
-    "hidden states, a tensor": ("tensor", "task_arithmetic", gradient(loss="hidden_mse")),
-    "cma, an expert": ("task", "task_arithmetic", {"method": "cma"}),
-    "cma, a layer": ("layer", "task_arithmetic", {"method": "cma"}),
-}
+SMALL = {"range": [0.0, 1.0], "initial": 0.3}
+FAMILIES = (
+    Family(
+        "vit_images",
+        "ViT images: four encoders of 467,000 parameters, whole checkpoints",
+        steps=300,
+        every=50,
+        batch=16,
+        lr=0.002,
+        weights=SMALL,
+    ),
+    Family(
+        "minilm_topics",
+        "MiniLM topics: five encoders of 22.6M parameters, whole checkpoints",
+        steps=80,
+        every=20,
+        batch=8,
+        lr=0.01,
+        weights={"range": [0.0, 1.5], "initial": 0.6},
+        split={"search": 40, "select": 30, "test": 150},
+    ),
+    Family(
+        "smollm2_skills",
+        "SmolLM2 skills: three LoRA adapters of a 135M language model",
+        steps=40,
+        every=10,
+        batch=4,
+        lr=0.02,
+        weights={"range": [0.0, 1.5], "initial": 0.6},
+        over="tokens",
+        split={"search": 16, "select": 12, "test": 50},
+    ),
+)
+EQUAL_TIME = "entropy, a tensor"  # whose time "cma, ... at equal time" may take
 
 
-def experiment(row: str, seed: int, folder: Path = FOLDER) -> dict[str, Any]:
+def rows_for(family: Family) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Row -> (granularity, method, search)."""
+    descent, hybrid, plain = family.descent, family.hybrid, "task_arithmetic"
+    labels = {"loss": "cross_entropy"}
+    return {
+        EQUAL_TIME: ("tensor", plain, descent()),
+        "cross entropy, a tensor": ("tensor", plain, descent(**labels)),
+        "hybrid of cross entropy, a tensor": ("tensor", plain, hybrid(**labels)),
+        "cma, an expert, at equal passes": ("task", plain, {"method": "cma"}),
+        "entropy, an expert": ("task", plain, descent()),
+        "entropy, a tensor, ++": ("tensor", "ties_linear", descent()),
+        "hybrid of cross entropy, an expert": ("task", plain, hybrid(**labels)),
+        "cma, an expert, at equal time": ("task", plain, {"method": "cma"}),
+        "cross entropy, an expert": ("task", plain, descent(**labels)),
+        "KL to experts, a tensor": ("tensor", plain, descent(loss="kl_to_expert")),
+        "cma, a layer, at equal passes": ("layer", plain, {"method": "cma"}),
+        "hybrid of entropy, a tensor": ("tensor", plain, hybrid()),
+        "entropy, a tensor, transductive": ("tensor", plain, descent(protocol="transductive")),
+        "hidden states, a tensor": ("tensor", plain, descent(loss="hidden_mse")),
+    }
+
+
+def experiment(family: Family, row: str, seed: int) -> dict[str, Any]:
     """The experiment file of one cell."""
-    data = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
-    granularity, method, search = ROWS[row]
-    candidates = search.get("steps", STEPS) // search.get("every", EVERY) + 1
-    if search["method"] == "cma":
-        candidates = passes(data) // searched(data)
+    data = family.file
+    granularity, method, search = rows_for(family)[row]
+    if "budget" not in search:
+        search = {**search, "budget": family.passes // family.searched if row.endswith("passes") else 10_000}
     data |= {
-        "space": {"method": method, "weights": {"granularity": granularity, **WEIGHTS}},
-        "search": {**search, "budget": candidates},
+        "space": {"method": method, "weights": {"granularity": granularity, **family.weights}},
+        "search": search,
         "seed": seed,
     }
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
@@ -83,35 +200,42 @@ def experiment(row: str, seed: int, folder: Path = FOLDER) -> dict[str, Any]:
     return {**data, "name": f"gradient.{words}.{seed}.{digest}"}
 
 
-def searched(data: Mapping[str, Any]) -> int:
-    """How many items a candidate is evaluated on."""
-    return data["evaluate"]["split"]["search"] * len(data["evaluate"]["tasks"])
+def settings_of(family: Family, row: str, seed: int) -> str:
+    return str(experiment(family, row, seed)["name"]).rpartition(".")[2]
 
 
-def passes(data: Mapping[str, Any]) -> int:
-    """Forward passes of one item that a search by gradient comes to."""
-    training = STEPS * BATCH * len(data["evaluate"]["tasks"]) * (1 + BACKWARD)
-    return training + (STEPS // EVERY + 1) * searched(data)
+class NotYet(Exception):
+    """A row needs another's time first."""
 
 
-def run(row: str, seed: int, progress: Progress, folder: Path = FOLDER) -> list[dict[str, Any]]:
+def run(family: Family, row: str, seed: int, results: table.Results, progress: Progress) -> list[dict[str, Any]]:
     """One study, finished or gone on with: its row, and those of its controls."""
-    data = experiment(row, seed, folder)
-    cache = folder / "cache" / "gradient_table"
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"{data['name']}.yaml"
+    data = experiment(family, row, seed)
+    file = family.cache / f"{data['name']}.yaml"
     file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    options = Options(storage=f"sqlite:///{cache / 'studies.db'}")
-    spec = Spec.from_dict(data, folder, path=file)
+    url = sqlite_url(family.cache / "studies.db")
+    spec = Spec.from_dict(data, family.folder, path=file)
+    options = Options(storage=url)
+    givers = [s["name"] for s in Store.names(url)] if (family.cache / "studies.db").exists() else []
+    finished = [name for name in givers if name != spec.name and name.split(".")[2] == str(seed)
+                and Store.open(url, name).record.get("rounds")]  # fmt: skip
+    if finished:
+        table.take_over(spec, url, finished[0], options, progress)
+    if row.endswith("time"):
+        other = results.find(family.name, EQUAL_TIME, seed)
+        if other is None or not finished:
+            raise NotYet(f"first: {EQUAL_TIME}, seed {seed}, on this machine")
+        options = Options(storage=url, seconds=other["searching"])
     store = run_study(spec, options, progress, make_pool=lambda: LocalPool(inline=True))
-    return rows_of(store, {"row": row, "seed": seed, "settings": str(data["name"]).rpartition(".")[2]})
+    head = {"family": family.name, "row": row, "seed": seed, "settings": settings_of(family, row, seed)}
+    return rows_of(store, head)
 
 
 def rows_of(store: Store, head: Mapping[str, Any]) -> list[dict[str, Any]]:
     board = leaderboard(store, aggregate=aggregate_of(store))
     own = next(row for row in board.test if row.subject == board.winner)
     trials = store.trials()
-    seconds = sum(e.seconds.get("total", 0.0) for e in store.evaluations() if e.key.endswith("/search"))
+    ended = [e.time for e in store.evaluations() if e.split == "search" and e.subject.startswith("trial:")]
     found = {
         **head,
         **table.numbers(own),
@@ -119,33 +243,38 @@ def rows_of(store: Store, head: Mapping[str, Any]) -> list[dict[str, Any]]:
         "trials": len(trials),
         "dimensions": len(store.record["dimensions"]),
         "winner": board.winner,
-        "evaluating": round(seconds, 1),
+        "searching": round(max(ended) - trials[0].started, 1),  # seconds, of a study that ran in one go
     }
+    common = {"family": head["family"], "seed": head["seed"], "settings": ""}
     controls = [
-        {"row": row.subject, "seed": head["seed"], "settings": "", **table.numbers(row)}
-        for row in board.test
-        if row.subject.startswith("control:")
+        {**common, "row": row.subject, **table.numbers(row)} for row in board.test if row.subject.startswith("control:")
     ]
     return [found, *controls]
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table in Markdown, a function of the results alone."""
-    data = yaml.safe_load((FOLDER / "experiment.yaml").read_text(encoding="utf-8"))
+def page(rows: Sequence[Mapping[str, Any]], families: Sequence[Family] = FAMILIES) -> str:
+    """The tables in Markdown, a function of the results alone."""
+    by_family = [(f, [r for r in rows if r["family"] == f.name]) for f in families]
+    return "".join(table_of(f, own) for f, own in by_family if own)
+
+
+def table_of(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
+    data = family.file
     split, tasks = data["evaluate"]["split"], len(data["evaluate"]["tasks"])
     lines = [
-        f"### {TITLE}",
+        f"### {family.title}",
         "",
         f"Mean accuracy on {split['test'] * tasks} test items, the mean of the seeds {', '.join(map(str, SEEDS))} (in "
         "brackets the lowest and the highest); a seed also says which items are for what. By gradient: "
-        f"{STEPS} steps of Adam at {LR}, {BATCH} items of each task a step, a candidate every {EVERY} steps, "
-        f"{split['search']} search items a task. CMA-ES: as many candidates as come to the same number of forward "
-        f'passes ({passes(data) // searched(data)}). "Against": the mean difference to each study\'s best control, '
-        f"which was chosen on {split['select']} select items a task, and for how many seeds the paired 95% interval "
-        "of that difference is above zero, holds it, or is below.",
+        f"{family.steps} steps of Adam at {family.lr}, {family.batch} items of each task a step, a candidate every "
+        f"{family.every} steps, {split['search']} search items a task. CMA-ES and hybrid: as many candidates as come "
+        f"to the same number of forward passes ({family.passes // family.searched} for CMA-ES), or as there was time "
+        f'for. "Against": the mean difference to each study\'s best control, which was chosen on {split["select"]} '
+        "select items a task, and for how many seeds the paired 95% interval of that difference is above zero, holds "
+        "it, or is below.",
         "",
-        "| | dimensions | test | against | above, level, below |",
-        "|---|--:|--:|--:|---|",
+        "| | dimensions | candidates | seconds | test | against | above, level, below |",
+        "|---|--:|--:|--:|--:|--:|---|",
     ]
     by_row: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -162,33 +291,48 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         below = sum(d[2] is not None and d[2] < 0 for d in differences)
         counts = f"{above}, {len(differences) - above - below}, {below}" if differences else ""
         seeds = "" if len(found) == len(SEEDS) else f" ({len(found)} of {len(SEEDS)} seeds)"
-        lines.append(f"| {title}{seeds} | {found[0].get('dimensions', '')} | {spread} | {mean} | {counts} |")
+        size, trials, seconds = (median_of(found, key) for key in ("dimensions", "trials", "searching"))
+        lines.append(f"| {title}{seeds} | {size} | {trials} | {seconds} | {spread} | {mean} | {counts} |")
     return "\n".join(lines) + "\n\n"
 
 
+def median_of(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    there = [row[key] for row in rows if row.get(key) is not None]
+    return f"{statistics.median(there):.0f}" if there else ""
+
+
 def main() -> int:
+    names = [f.name for f in FAMILIES]
+    all_rows = list(rows_for(FAMILIES[0]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", default=list(ROWS))
+    parser.add_argument("families", nargs="*", choices=[*names, []], default=[], metavar="FAMILY", help="default: all")
+    parser.add_argument("--rows", nargs="+", choices=all_rows, metavar="ROW", default=all_rows)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", action="store_true", help="only write docs/adamerging.md")
     options = parser.parse_args()
-    results = table.Results(options.results, keys=("row", "seed"))
+    chosen = [f for f in FAMILIES if f.name in (options.families or names)]
+    results = table.Results(options.results, keys=("family", "row", "seed"))
     if not options.write_docs:
-        if not (FOLDER / "cache" / "experts").is_dir():
-            print("vit_images is not built: python experiments/vit_images/build.py", file=sys.stderr)
+        for family in [f for f in chosen if not f.is_built]:
+            print(f"{family.name} is not built: python experiments/{family.name}/build.py", file=sys.stderr)
+            chosen.remove(family)
+        if not chosen:
             return 2
         todo = [
-            (row, seed)
+            (family, row, seed)
             for seed in options.seeds
+            for family in chosen
             for row in options.rows
-            if (old := results.find(row, seed)) is None
-            or old["settings"] != str(experiment(row, seed)["name"]).rpartition(".")[2]
+            if (old := results.find(family.name, row, seed)) is None
+            or old["settings"] != settings_of(family, row, seed)
         ]
-        for n, (row, seed) in enumerate(todo, 1):
-            print(f"\n== {n}/{len(todo)} {row}, seed {seed}", file=sys.stderr, flush=True)
+        for n, (family, row, seed) in enumerate(todo, 1):
+            print(f"\n== {n}/{len(todo)} {family.name}: {row}, seed {seed}", file=sys.stderr, flush=True)
             try:
-                results.put(run(row, seed, Progress()))
+                results.put(run(family, row, seed, results, Progress()))
+            except NotYet as reason:
+                print(reason, file=sys.stderr)
             except (Interrupted, KeyboardInterrupt):
                 print("stopped; run it again to go on", file=sys.stderr)
                 return 130

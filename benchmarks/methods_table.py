@@ -25,7 +25,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from evomerge.pools import LocalPool
 from evomerge.progress import Progress
 from evomerge.recipe import Collected, Group
 from evomerge.spec import Spec
-from evomerge.store import Store
+from evomerge.store import Evaluation, Store
 from evomerge.study import NothingCompleted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,34 +286,49 @@ def hand_over(family: Family, method: str, setting: str, spec: Spec, options: Op
 
     Sources, items, evaluator and seed are the same, so that an equal recipe has equal outcomes.
     """
-    plan = build_plan(spec, progress)
-    store, _ = open_or_create(plan, family.store, options, progress, must_exist=False)
-    there = {e.key for e in store.evaluations()}
     own = (method, "default")
     givers = [CONTROLS_FROM, own] if setting == "search" and has_study(family, *own) else [CONTROLS_FROM]
+    for giver in givers:
+
+        def as_default(e: Evaluation, giver: tuple[str, str] = giver) -> Evaluation | None:
+            if giver == CONTROLS_FROM and method != CONTROLS_FROM[0]:
+                return None
+            return replace(e, key=f"default:0/{e.split}", subject="default:0")
+
+        take_over(spec, family.store, experiment(family, *giver)["name"], options, progress, as_default)
+
+
+def take_over(
+    spec: Spec,
+    url: str,
+    giver: str,
+    options: Options,
+    progress: Progress,
+    others: Callable[[Evaluation], Evaluation | None] = lambda _: None,
+) -> None:
+    """Give the study of ``spec`` the controls that study ``giver`` of the same database has evaluated, and what
+    ``others`` makes of the rest of its evaluations. SystemExit where the two have other sources, items or evaluators.
+    """
+    plan = build_plan(spec, progress)
+    store, _ = open_or_create(plan, url, options, progress, must_exist=False)
+    there = {e.key for e in store.evaluations()}
+    other = Store.open(url, giver)
+    changed = [
+        key
+        for key, value in other.record["fingerprint"].items()
+        if plan.fingerprint.get(key) != value and key not in ("space", "search")
+    ]
+    if changed and not (options.allow_drift and all(key.startswith("evaluator ") for key in changed)):
+        raise SystemExit(
+            f"{other.name} was made with other inputs than {spec.name} ({', '.join(changed)}): delete {url}, or say "
+            "--allow-drift if it is an evaluator that answers as before"
+        )
     with store.lock():
-        for giver in givers:
-            other = Store.open(family.store, experiment(family, *giver)["name"])
-            changed = [
-                key
-                for key, value in other.record["fingerprint"].items()
-                if plan.fingerprint.get(key) != value and key not in ("space", "search")
-            ]
-            if changed and not (options.allow_drift and all(key.startswith("evaluator ") for key in changed)):
-                raise SystemExit(
-                    f"{other.name} was made with other inputs than {spec.name} ({', '.join(changed)}): delete "
-                    f"{family.store}, or say --allow-drift if it is an evaluator that answers as before"
-                )
-            for e in other.evaluations(with_outcomes=True):
-                if e.subject.startswith(("control:", "sweep:")):
-                    given = e
-                elif giver != CONTROLS_FROM or method == CONTROLS_FROM[0]:
-                    given = replace(e, key=f"default:0/{e.split}", subject="default:0")
-                else:
-                    continue
-                if given.key not in there:
-                    store.save_evaluation(given)
-                    there.add(given.key)
+        for e in other.evaluations(with_outcomes=True):
+            given = e if e.subject.startswith(("control:", "sweep:")) else others(e)
+            if given is not None and given.key not in there:
+                store.save_evaluation(given)
+                there.add(given.key)
 
 
 def put_candidate(family: Family, method: str, spec: Spec, progress: Progress) -> None:

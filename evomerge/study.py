@@ -54,8 +54,8 @@ def most_at_once(plan: Plan) -> int:
     if plan.spec.search.schedule == "asynchronous":
         return budget
     searcher = make_searcher(plan.spec, plan.space)
-    if isinstance(searcher, GradientSearcher):  # one evaluation beside a step of the training
-        return batches_at_once(searcher, plan) + 1
+    if isinstance(searcher, GradientSearcher):
+        return max(batches_at_once(searcher, plan) + 1, searcher.at_once(budget))
     return searcher.at_once(budget)
 
 

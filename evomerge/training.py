@@ -195,6 +195,10 @@ def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
     text = f"The coefficients were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
     if last.get("failure"):
         text += f", where the training failed ({last['failure']})"
+    if (refined := last.get("refined")) is not None:
+        text += f", by CMA-ES from there, and in {refined['step']} steps from its best"
+        if last.get("refine_failure"):
+            text += f", where the training failed ({last['refine_failure']})"
     if is_transductive(last):
         return (
             f"{text}, on the test items without their labels (transductive): the scores on test are of items that the "

@@ -151,6 +151,39 @@ def test_a_driver_that_dies_around_any_store_write_learns_on_as_if_it_had_not(
     assert scores(resumed) == scores(whole)
 
 
+HYBRID = {"method": "hybrid", "budget": 40, "candidates": 12, "refine": 6, "products": 3, "product_batch": 2}
+
+
+@pytest.mark.parametrize("groups", [1, 2])  # 3 dimensions: all products; 6: the diagonal
+def test_a_hybrid_search_is_the_same_from_any_number_of_workers_and_after_any_death(
+    write_gradients, die, monkeypatch, groups
+):
+    monkeypatch.setattr("evomerge.training.SAVE_SECONDS", -1.0)  # a write a step
+    weights = {"granularity": "layer_groups", "groups": groups, "range": [0.0, 2.0]}
+    path = write_gradients(search=HYBRID, space={"method": "task_arithmetic", "weights": weights})
+    whole = run(path, GradientPool(), store="whole.db")
+    trials = whole.trials()
+    assert len(trials) == 5 + 12 + 2 and {t.state for t in trials} == {"complete"}
+    away = [sum((v - 0.4) ** 2 for v in t.point.values()) for t in trials]
+    assert away[4] < 0.5 * away[0]
+    notes = " ".join(leaderboard(whole).notes)
+    assert "12 of 12 steps on entropy, by CMA-ES from there, and in 6 steps from its best" in notes
+    shared = run(path, GradientPool(4, order_seed=1), store="shared.db")
+    assert trajectory(shared) == trajectory(whole) and learned(shared) == learned(whole)
+    crashes = 0
+    for step in range(2, 60, 4):
+        die(step)
+        try:
+            run(path, GradientPool(2, order_seed=step), store="crashed.db")
+        except Crash:
+            crashes += 1
+    die(10**9)
+    resumed = run(path, GradientPool(2), store="crashed.db")
+    assert crashes >= 8
+    assert trajectory(resumed) == trajectory(whole) and learned(resumed) == learned(whole)
+    assert scores(resumed) == scores(whole)
+
+
 def test_a_loss_that_is_no_number_ends_the_training_and_the_study_finishes(write_gradients, die):
     def fault(job: Job) -> Result | None:
         if job.key == "gradient:7" and job.gradient and "two" in dict(job.gradient["batches"]):

@@ -12,6 +12,7 @@ from evomerge.searchers.cma import CMASearcher
 from evomerge.searchers.coordinate import CoordinateSearcher
 from evomerge.searchers.gp import GPSearcher
 from evomerge.searchers.grid import GridSearcher
+from evomerge.searchers.hybrid import HybridSearcher
 from evomerge.searchers.nsga2 import NSGA2Searcher
 from evomerge.searchers.random import RandomSearcher
 from evomerge.searchers.sobol import SobolSearcher
@@ -36,6 +37,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
         SobolSearcher,
         GridSearcher,
         AdaMergingSearcher,
+        HybridSearcher,
     )
 }
 

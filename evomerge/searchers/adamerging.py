@@ -94,10 +94,10 @@ class AdaMergingSearcher(GradientSearcher):
 
     def __init__(self, space: Any, *, seed: int = 0, starts: Any = (), **options: Any):
         super().__init__(space, seed=seed, starts=starts, **options)
-        refuse_what_has_no_gradient(space)
+        refuse_what_has_no_gradient(space, self.name)
         if len(self.starts) > 1:
             raise SpecError(
-                f"searcher adamerging begins at one point, but was given {len(self.starts)}",
+                f"searcher {self.name} begins at one point, but was given {len(self.starts)}",
                 remedy="Leave one entry in search.initial.",
             )
         if self.options["every"] > self.options["steps"]:
@@ -113,7 +113,7 @@ class AdaMergingSearcher(GradientSearcher):
         self.trains_on = "test" if self.options["protocol"] == "transductive" else "search"
         self.held_out = self.options["holdout"]
         start = self.starts[0]
-        softmax = self.options["constraint"] == "softmax"
+        softmax = self.options.get("constraint") == "softmax"
         self._names = [d.name for d in space.dimensions]
         self._chain = descent.Chain(space)
         self._descent = descent.Descent(
@@ -133,10 +133,10 @@ class AdaMergingSearcher(GradientSearcher):
 
     @property
     def progress(self) -> tuple[int, int]:
-        return self._state.step, (self.size - 1) * self.options["every"]
+        return self._state.step, self.options["steps"] // self.options["every"] * self.options["every"]
 
     def ended(self, n: int) -> str | None:
-        if n and (failed := self.failure(n - 1)) is not None:
+        if n and (failed := self._unreached(n - 1)) is not None:
             return f"the training failed ({failed})"
         held, patience = self._held[:n], self.options["patience"]
         best = held.index(min(held)) if held else 0
@@ -155,13 +155,11 @@ class AdaMergingSearcher(GradientSearcher):
         goal = n * self.options["every"]
         try:
             while self._state.step < goal and self._failure is None:
-                self._step()
+                self._state = self._step(self._descent, self._state)
             if self._failure is None and self.options["patience"] and len(self._held) <= n:
                 self._held.append(self._held_out_loss())
         except CandidateError as error:
-            if error.kind != "nan":
-                raise
-            self._failure = error.reason
+            self._failure = reason_of(error)
         return self._point()
 
     def tell(self, trial: Told) -> None:
@@ -192,6 +190,9 @@ class AdaMergingSearcher(GradientSearcher):
         self.curve = [dict(row) for row in curve]
 
     def failure(self, n: int) -> str | None:
+        return self._unreached(n)
+
+    def _unreached(self, n: int) -> str | None:
         reached = n * self.options["every"] <= self._state.step and (
             not self.options["patience"] or n < len(self._held)
         )
@@ -200,29 +201,45 @@ class AdaMergingSearcher(GradientSearcher):
     # --- a step
 
     def _point(self) -> Point:
-        return dict(zip(self._names, self._descent.values(self._state).tolist(), strict=True))
+        return self._named(self._descent.values(self._state))
 
-    def _step(self) -> None:
-        assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
-        step, size = self._state.step, self.options["batch"]
-        if step % self.options["every"] == 0:
+    def _named(self, values: np.ndarray) -> Point:
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def _step(self, path: descent.Descent, state: descent.State, first: int = 0) -> descent.State:
+        """One step of ``path``, which began after ``first`` steps of this training; it has its row in the curve."""
+        if state.step % self.options["every"] == 0:
             self.curve = []
-        items = {
-            task: descent.batch(self.oracle.items[task], seed=self.seed, task=task, turn=turn, size=size)
-            for task, turn in descent.turns(step, list(self.oracle.items), self.options["tasks"])
-        }
-        batches, shares = self._batches(items)
-        found = self.oracle.gradients(step, self._point(), batches)
-        parts = [(one.loss, self._chain.to_dimensions(one.gradient)) for one in found]
-        loss, gradient = descent.mean(parts, shares)
-        after = self._descent.step(self._state, gradient)
+        step = first + state.step
+        items = self._items(step, self.options["batch"], self.options["tasks"])
+        loss, gradient, by_task = self._gradient(step, path.values(state), items)
+        after = path.step(state, gradient)
         if not after.is_finite:
             raise CandidateError("nan", f"step {step}: the gradient is too large for numbers")
+        self.curve.append({"step": step, "loss": loss, "tasks": by_task, "gradient": math.hypot(*gradient.tolist())})
+        return after
+
+    def _items(self, step: int, size: int, tasks: int = 0) -> dict[str, tuple[str, ...]]:
+        """Task -> ``size`` items of it, of the ``tasks`` tasks (0: all) whose turn step ``step`` is."""
+        assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
+        return {
+            task: descent.batch(self.oracle.items[task], seed=self.seed, task=task, turn=turn, size=size)
+            for task, turn in descent.turns(step, list(self.oracle.items), tasks)
+        }
+
+    def _gradient(
+        self, step: int, values: np.ndarray, items: Mapping[str, Sequence[str]]
+    ) -> tuple[float, np.ndarray, dict[str, float]]:
+        """(loss, its gradient (dims,), task -> loss) at ``values`` (dims,) on ``items``."""
+        assert self.oracle is not None
+        batches, shares = self._batches(items)
+        found = self.oracle.gradients(step, self._named(values), batches)
+        parts = [(one.loss, self._chain.to_dimensions(one.gradient)) for one in found]
+        loss, gradient = descent.mean(parts, shares)
         by_task = dict.fromkeys(items, 0.0)
         for one, (task, piece) in zip(found, batches, strict=True):
             by_task[task] += one.loss * len(piece) / len(items[task])
-        self.curve.append({"step": step, "loss": loss, "tasks": by_task, "gradient": math.hypot(*gradient.tolist())})
-        self._state = after
+        return loss, gradient, by_task
 
     def _held_out_loss(self) -> float:
         """The loss on all that is held out."""
@@ -238,12 +255,19 @@ class AdaMergingSearcher(GradientSearcher):
         return batches, [self.oracle.weights[task] * len(piece) / len(items[task]) for task, piece in batches]
 
 
-def refuse_what_has_no_gradient(space: Space) -> None:
+def reason_of(error: CandidateError) -> str:
+    """Why a training goes no further; anything but a number that is none is not its affair, and is raised again."""
+    if error.kind != "nan":
+        raise error
+    return error.reason
+
+
+def refuse_what_has_no_gradient(space: Space, searcher: str = AdaMergingSearcher.name) -> None:
     """SpecError, naming them, if the space has dimensions that are no weights."""
     weights = {w.dimension for region in space.regions for w in region.weights if isinstance(w, Moving)}
     others = [d.name for d in space.dimensions if d.name not in weights or d.choices or d.integer]
     if others:
         raise SpecError(
-            f"searcher adamerging moves weights only, but {', '.join(others)} would have to move as well",
+            f"searcher {searcher} moves weights only, but {', '.join(others)} would have to move as well",
             remedy="Give it one value in the space, or use search.method tpe or random.",
         )

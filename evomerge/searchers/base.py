@@ -225,6 +225,10 @@ class GradientSearcher(Searcher):
     trains_on: Literal["search", "test"] = "search"  # test: without labels
     held_out: float = 0.0  # the share of each task's search items that are not trained on
 
+    def at_once(self, budget: int) -> int:
+        """How many trials are evaluated beside a step of the training."""
+        return 1
+
     @property
     @abstractmethod
     def progress(self) -> tuple[int, int]:

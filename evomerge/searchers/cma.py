@@ -101,6 +101,10 @@ class CMASearcher(Searcher):
     When the distribution has collapsed (every step below 1e-5 of its range, or numerically degenerate), the search
     starts anew from a uniformly drawn point, as ``restart`` says; when there is to be no more, it goes on sampling.
     Steps of whole numbers never collapse; they count as done when the mean's have long been the same.
+
+    Args:
+        shape: what is known of how dimensions differ: the covariance of the first distribution over the squared step
+            size, (dims,) variances or (dims, dims), in shares of the ranges. Restarts begin without it.
     """
 
     name = "cma"
@@ -134,8 +138,9 @@ class CMASearcher(Searcher):
         ),
     }
 
-    def __init__(self, space: Any, *, seed: int = 0, **options: Any):
+    def __init__(self, space: Any, *, seed: int = 0, shape: np.ndarray | None = None, **options: Any):
         super().__init__(space, seed=seed, **options)
+        self._shape = shape
         chosen = [d.name for d in space.dimensions if d.choices]
         if chosen:
             raise SpecError(
@@ -213,6 +218,9 @@ class CMASearcher(Searcher):
 
     def _begin(self, start: np.ndarray) -> None:
         """A new run of pycma from ``start``: (dimensions,) in the unit cube."""
+        shape = self._shape if not self._runs else None
+        if shape is not None and shape.ndim == 2 and self.diagonal:
+            shape = np.diag(shape)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no matplotlib; one dimension; equal ranks: none is the user's concern
             import cma
@@ -223,6 +231,7 @@ class CMASearcher(Searcher):
                 {
                     "popsize": self._current.population,
                     "CMA_diagonal": self.diagonal,
+                    "CMA_stds": np.sqrt(shape) if shape is not None and shape.ndim == 1 else 1.0,
                     "randn": lambda *shape: self._generator.standard_normal(shape),
                     "seed": np.nan,  # leaves numpy's global generator alone
                     "tolx": SMALLEST_STEP,
@@ -238,6 +247,11 @@ class CMASearcher(Searcher):
                     "signals_filename": "",
                 },
             )
+            if shape is not None and shape.ndim == 2:  # as pycma takes over another's distribution
+                sampler: Any = self._es.sm
+                sampler.C = shape.copy()
+                sampler.update_now(-1)
+                self._es._updateBDfromSM(sampler)
 
     def _update(self) -> None:
         """The one place where trials become ranks: by merit; ties by trial number."""

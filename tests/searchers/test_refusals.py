@@ -46,13 +46,13 @@ REFUSED = {
         "methods with parameters": "the method is a dimension",
         "fixed and tied weights": "fixed",
     },
-    "adamerging": {
-        "a parameter": "density",
-        "a choice": "mode",
-        "a truth value": "normalize",
-        "methods": "method would have to move",
-        "methods with parameters": "ties.density",
-    },
+}
+REFUSED["adamerging"] = REFUSED["hybrid"] = {
+    "a parameter": "density",
+    "a choice": "mode",
+    "a truth value": "normalize",
+    "methods": "method would have to move",
+    "methods with parameters": "ties.density",
 }
 
 

@@ -72,13 +72,19 @@ def test_coefficients_are_learned_shown_and_exported(learning):
     assert (path.parent / "merged" / "config.json").exists()
 
 
+LONG = {"steps": 60, "every": 20, "budget": 4, "loss": "kl_to_expert"}
+HYBRID = {"method": "hybrid", "steps": 20, "every": 10, "budget": 10, "candidates": 6, "refine": 10, "products": 4}
+
+
 @pytest.mark.slow
-def test_killed_at_any_step_it_learns_on_to_the_same_bits(learning):
-    whole = learning({"steps": 60, "every": 20, "budget": 4, "loss": "kl_to_expert"})
+@pytest.mark.parametrize(("search", "stops"), [(LONG, (1, 1, 2, 2, 3)), (HYBRID, (1, 3, 4, 7, 9))], ids=["", "hybrid"])
+def test_killed_at_any_step_it_learns_on_to_the_same_bits(learning, search, stops):
+    whole = learning(search)
     evomerge("run", whole)
-    broken = learning({"steps": 60, "every": 20, "budget": 4, "loss": "kl_to_expert"})
+    assert len(candidates(whole)) == search["budget"]
+    broken = learning(search)
     draw = random.Random(0)
-    for candidates_there in (1, 1, 2, 2, 3):
+    for candidates_there in stops:
         process = start("run", broken)
         there = partial(has_trained, broken, candidates_there)
         wait_for(lambda p=process, t=there: p.poll() is not None or t(), every=0.1, why="no candidate was trained")
