@@ -81,7 +81,7 @@ HYBRID = {"method": "hybrid", "steps": 20, "every": 10, "budget": 10, "candidate
 def test_killed_at_any_step_it_learns_on_to_the_same_bits(learning, search, stops):
     whole = learning(search)
     evomerge("run", whole)
-    assert len(candidates(whole)) == search["budget"]
+    assert len(store(whole).trials()) == search["budget"]
     broken = learning(search)
     draw = random.Random(0)
     for candidates_there in stops:
