@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from evomerge.errors import EvaluatorError, MethodError, SpecError, UserError, nearest
+from evomerge.errors import EvaluatorError, EvomergeError, MethodError, SpecError, UserError, nearest
 
 _loads = itertools.count()
 
@@ -143,11 +143,20 @@ def pick(module: ModuleType, name: str, fits: Callable[[Any], bool], path: Path,
     raise kind.error(problem, where=str(path), remedy=nearest(name, own) if own else f"Define {what} in it.")
 
 
-def run_user_code(function: Callable[[], Any], path: Path, kind: Kind = EVALUATOR) -> Any:
-    """What ``function`` returns; what it raises as an error of the kind's class that names the line of ``path``."""
+def run_user_code(
+    function: Callable[[], Any],
+    path: Path,
+    kind: Kind = EVALUATOR,
+    passing: tuple[type[EvomergeError], ...] = (UserError,),
+) -> Any:
+    """What ``function`` returns; what it raises as an error of the kind's class that names the line of ``path``.
+
+    Args:
+        passing: what is no fault of that code, and raised as it is.
+    """
     try:
         return function()
-    except UserError:
+    except passing:
         raise
     except (Exception, SystemExit) as error:
         raise kind.error(explain(error, path), where=str(path)) from error

@@ -141,6 +141,7 @@ class Training:
         """Take up the training where the store says it was."""
         kept = self.store.trainings()
         if kept:
+            self.searcher.restored = kept[-1].n
             self.searcher.restore(kept[-1].state, kept[-1].curve)
 
     def ask(self, n: int) -> Point:
@@ -166,7 +167,8 @@ class Training:
         return self.runner.gradients(step, self.plan.space.decode(point), batches, {**self._options, "learn": learn})
 
     def _save(self) -> None:
-        self.store.save_training(self._n, self.searcher.state(), self.searcher.curve)
+        state = {**self.searcher.state(), "trains_on": self.searcher.trains_on}
+        self.store.save_training(self._n, state, self.searcher.curve)
         self._saved = time.monotonic()
 
     def _show(self) -> None:
@@ -192,7 +194,9 @@ def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
     last = states[-1]
     options = last.get("options", {})
     step = last.get("descent", {}).get("step", 0)
-    text = f"The coefficients were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
+    text = "The coefficients were learned by gradient"
+    if "descent" in last:
+        text = f"The coefficients were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
     if last.get("failure"):
         text += f", where the training failed ({last['failure']})"
     if (refined := last.get("refined")) is not None:
@@ -209,7 +213,7 @@ def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
 
 def is_transductive(state: Mapping[str, Any]) -> bool:
     """Did the training see the test items?"""
-    return state.get("options", {}).get("protocol") == "transductive"
+    return state.get("trains_on") == "test"
 
 
 def curve_in_short(trainings: Sequence[TrainingRecord], n: int) -> list[str]:

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -344,6 +346,50 @@ def test_a_loss_of_the_users_own_is_part_of_what_a_study_was_made_from(write_gra
     with pytest.raises(UserError, match=r"loss mine\.py") as raised:
         run(path)
     assert "belongs to another experiment" in str(raised.value)
+
+
+DESCENT = re.search(
+    r"^```python\n# my_descent.py\n(.*?)^```",
+    (Path(__file__).parents[1] / "docs" / "extending.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def test_a_searcher_of_the_users_own_learns_is_killed_and_stopped_like_evomerges(write_gradients, die, monkeypatch):
+    """The one that the docs have."""
+    assert DESCENT
+    monkeypatch.setattr("evomerge.training.SAVE_SECONDS", -1.0)  # a write a step
+    path = write_gradients()
+    (path.parent / "my_descent.py").write_text(DESCENT[1])
+    data = json.loads(path.read_text())
+    data["search"] = {"method": "my_descent.py@Downhill", "budget": 5, "steps": 4, "lr": 0.3}
+    path.write_text(json.dumps(data))
+    whole = run(path, GradientPool(), store="whole.db")
+    points = [list(t.point.values()) for t in whole.trials()]
+    assert [t.state for t in whole.trials()] == ["complete"] * 5
+    for before, after in itertools.pairwise(points):  # the loss is half the squared distance from a place
+        place = [(b - 0.7 * a) / 0.3 for a, b in zip(before, after, strict=True)]
+        np.testing.assert_allclose(place, [(points[1][i] - 0.7 * points[0][i]) / 0.3 for i in range(len(place))])
+    assert "learned by gradient, on search items (inductive)" in " ".join(leaderboard(whole).notes)
+    for step in range(2, 30, 3):
+        die(step)
+        with contextlib.suppress(Crash):
+            run(path, GradientPool(2, order_seed=step), store="crashed.db")
+    die(10**9)
+    resumed = run(path, GradientPool(2), store="crashed.db")
+    assert trajectory(resumed) == trajectory(whole) and learned(resumed) == learned(whole)
+
+    monkeypatch.setattr("evomerge.running.STOP_POLL_SECONDS", 0.0)
+
+    class Stopped(GradientPool):
+        def submit(self, job: Job) -> None:
+            super().submit(job)
+            if job.key == "gradient:2":
+                Store.open(sqlite_url(path.parent / "stopped.db"), "tiny").request_stop()
+
+    with pytest.raises(Interrupted):
+        run(path, Stopped(2), store="stopped.db")
+    assert trajectory(run(path, GradientPool(), store="stopped.db")) == trajectory(whole)
 
 
 def test_own_experts_are_by_name_by_the_objective_or_by_order(write_gradients):

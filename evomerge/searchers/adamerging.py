@@ -17,7 +17,7 @@ from evomerge import descent
 from evomerge.errors import CandidateError, SpecError
 from evomerge.params import Param
 from evomerge.plugins import LOSS
-from evomerge.searchers.base import GradientSearcher, Point, SearcherDrift, Told
+from evomerge.searchers.base import GradientSearcher, Point, Searcher, SearcherDrift, Told
 from evomerge.space import Moving, Space
 
 OWN_EXPERTS = ("kl_to_expert", "hidden_mse")  # losses that look at each task's own expert
@@ -115,7 +115,6 @@ class AdaMergingSearcher(GradientSearcher):
         start = self.starts[0]
         softmax = self.options.get("constraint") == "softmax"
         self._names = [d.name for d in space.dimensions]
-        self._chain = descent.Chain(space)
         self._descent = descent.Descent(
             np.array([float(start[name]) for name in self._names]),
             descent.simplex(space, start) if softmax else descent.box(space),
@@ -169,7 +168,7 @@ class AdaMergingSearcher(GradientSearcher):
         """Where a state was restored nothing is trained again: the last proposal must be the state's."""
         goal = n * self.options["every"]
         if self._failure is None and goal > self._state.step:
-            super().replay(n, point)
+            Searcher.replay(self, n, point)
         elif goal == self._state.step and point != self._point():
             raise SearcherDrift(n, self._point(), point)
 
@@ -201,10 +200,7 @@ class AdaMergingSearcher(GradientSearcher):
     # --- a step
 
     def _point(self) -> Point:
-        return self._named(self._descent.values(self._state))
-
-    def _named(self, values: np.ndarray) -> Point:
-        return dict(zip(self._names, values.tolist(), strict=True))
+        return self.named(self._descent.values(self._state))
 
     def _step(self, path: descent.Descent, state: descent.State, first: int = 0) -> descent.State:
         """One step of ``path``, which began after ``first`` steps of this training; it has its row in the curve."""
@@ -212,7 +208,7 @@ class AdaMergingSearcher(GradientSearcher):
             self.curve = []
         step = first + state.step
         items = self._items(step, self.options["batch"], self.options["tasks"])
-        loss, gradient, by_task = self._gradient(step, path.values(state), items)
+        loss, gradient, by_task = self.gradient(step, path.values(state), items)
         after = path.step(state, gradient)
         if not after.is_finite:
             raise CandidateError("nan", f"step {step}: the gradient is too large for numbers")
@@ -227,32 +223,11 @@ class AdaMergingSearcher(GradientSearcher):
             for task, turn in descent.turns(step, list(self.oracle.items), tasks)
         }
 
-    def _gradient(
-        self, step: int, values: np.ndarray, items: Mapping[str, Sequence[str]]
-    ) -> tuple[float, np.ndarray, dict[str, float]]:
-        """(loss, its gradient (dims,), task -> loss) at ``values`` (dims,) on ``items``."""
-        assert self.oracle is not None
-        batches, shares = self._batches(items)
-        found = self.oracle.gradients(step, self._named(values), batches)
-        parts = [(one.loss, self._chain.to_dimensions(one.gradient)) for one in found]
-        loss, gradient = descent.mean(parts, shares)
-        by_task = dict.fromkeys(items, 0.0)
-        for one, (task, piece) in zip(found, batches, strict=True):
-            by_task[task] += one.loss * len(piece) / len(items[task])
-        return loss, gradient, by_task
-
     def _held_out_loss(self) -> float:
         """The loss on all that is held out."""
         assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
-        batches, shares = self._batches({task: items for task, items in self.oracle.held.items() if items})
-        found = self.oracle.gradients(self._state.step, self._point(), batches, learn=False)
-        return descent.mean([(one.loss, np.zeros(0)) for one in found], shares)[0]
-
-    def _batches(self, items: Mapping[str, Sequence[str]]) -> tuple[list[tuple[str, tuple[str, ...]]], list[float]]:
-        """(batches of each task's items, none too large; what each counts: tasks by their weights, items alike)."""
-        assert self.oracle is not None
-        batches = [(task, piece) for task, ids in items.items() for piece in descent.pieces(ids, self.oracle.piece)]
-        return batches, [self.oracle.weights[task] * len(piece) / len(items[task]) for task, piece in batches]
+        held = {task: items for task, items in self.oracle.held.items() if items}
+        return self.gradient(self._state.step, self._descent.values(self._state), held, learn=False)[0]
 
 
 def reason_of(error: CandidateError) -> str:

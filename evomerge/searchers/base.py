@@ -220,9 +220,10 @@ class GradientSearcher(Searcher):
     """
 
     asynchronous = False
-    oracle: Oracle | None = None
+    oracle: Oracle | None = None  # there from the study's first ask on
     curve: list[dict[str, Any]]  # a row a step since the last proposal: step, loss, tasks, gradient
     trains_on: Literal["search", "test"] = "search"  # test: without labels
+    restored: int = 0  # a state on the way to this trial was restored
     held_out: float = 0.0  # the share of each task's search items that are not trained on
 
     def at_once(self, budget: int) -> int:
@@ -246,6 +247,46 @@ class GradientSearcher(Searcher):
     def restore(self, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
         """Go on from ``state``."""
 
-    @abstractmethod
     def failure(self, n: int) -> str | None:
         """Why the training did not reach trial ``n``, if it did not: the trial is then a failed one."""
+        return None
+
+    def replay(self, n: int, point: Point) -> None:
+        """What came before a state that was restored is not trained for again."""
+        if n >= self.restored:
+            super().replay(n, point)
+
+    # --- for subclasses
+
+    def named(self, values: np.ndarray) -> Point:
+        """The point with ``values`` (dims,), in the order of the space's dimensions."""
+        return dict(zip((d.name for d in self.space.dimensions), values.tolist(), strict=True))
+
+    def gradient(
+        self, step: int, values: np.ndarray, items: Mapping[str, Sequence[str]], *, learn: bool = True
+    ) -> tuple[float, np.ndarray, dict[str, float]]:
+        """(loss, its gradient (dims,), task -> loss) at ``values`` (dims,) on ``items`` of each task.
+
+        The loss is the mean over tasks by their weights, of the mean over a task's items; the weights of regions have
+        the gradients of the dimensions that they are. Bit for bit the same from any number of workers.
+
+        Args:
+            step: names the place in the training, for messages.
+            learn: False: the gradient is zeros, and costs nothing.
+
+        Raises:
+            CandidateError: of kind nan, if a loss or a gradient is not finite.
+            Interrupted: the user asked to stop.
+        """
+        from evomerge import descent
+
+        assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
+        batches = [(task, piece) for task, ids in items.items() for piece in descent.pieces(ids, self.oracle.piece)]
+        found = self.oracle.gradients(step, self.named(values), batches, learn=learn)
+        chain, by_task, shares, parts = descent.Chain(self.space), dict.fromkeys(items, 0.0), [], []
+        for one, (task, piece) in zip(found, batches, strict=True):
+            share = len(piece) / len(items[task])
+            by_task[task] += one.loss * share
+            shares.append(self.oracle.weights[task] * share)
+            parts.append((one.loss, chain.to_dimensions(one.gradient) if learn else np.zeros(len(values))))
+        return *descent.mean(parts, shares), by_task

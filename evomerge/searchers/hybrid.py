@@ -257,7 +257,7 @@ class HybridSearcher(AdaMergingSearcher):
                 away = REACH * width * vectors[len(self._products)]
                 items = self._items(0, self.options["product_batch"])
                 step = self.progress[0]
-                ahead, behind = (self._gradient(step, centre + d, items)[1] for d in (away, -away))
+                ahead, behind = (self.gradient(step, centre + d, items)[1] for d in (away, -away))
                 self._products.append((width * (ahead - behind) / (2 * REACH)).tolist())
         except CandidateError as error:
             self._no_shape = reason_of(error)
@@ -281,4 +281,4 @@ class HybridSearcher(AdaMergingSearcher):
                 self._refined = self._step(self._second, self._refined, self._state.step)
         except CandidateError as error:
             self._refine_failure = reason_of(error)
-        return self._named(self._second.values(self._refined))
+        return self.named(self._second.values(self._refined))

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import SpecError
+from evomerge.errors import CandidateError, Interrupted, SpecError, UserError
 from evomerge.finding import find_plugin
 from evomerge.params import Param
 from evomerge.plugins import SEARCHER, Code, run_user_code
 from evomerge.searchers import SEARCHERS
 from evomerge.searchers.base import Searcher
+
+# What is no fault of a searcher's code: errors that say what to do, and what its oracle raises.
+PASSING = (UserError, CandidateError, Interrupted)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def _guarded(searcher: type[Searcher], where: str, path: Path) -> type[Searcher]
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(self: Searcher, *args: Any, **options: Any) -> Any:
-            return run_user_code(lambda: function(self, *args, **options), path, SEARCHER)
+            return run_user_code(lambda: function(self, *args, **options), path, SEARCHER, PASSING)
 
         return call
 

@@ -21,9 +21,10 @@ import pytest
 import torch
 
 from evomerge.errors import SpecError
+from evomerge.pools import BatchGradient
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.searchers import SEARCHERS
-from evomerge.searchers.base import Point, Searcher, Told
+from evomerge.searchers.base import GradientSearcher, Point, Searcher, Told
 from evomerge.space import Space
 
 Score = Callable[[Point], float | None]  # None: the evaluation failed; NaN: the evaluator gave nonsense
@@ -184,6 +185,45 @@ def global_states() -> tuple[str, ...]:
     return repr(random.getstate()), repr(np.random.get_state()), repr(torch.get_rng_state().tolist())
 
 
+def drawn_by_items(weights: Sequence[float], item: str) -> tuple[float, list[float]]:
+    """Each item draws the weights to a place of its own, near 0.6: (half the squared distance, its gradient)."""
+    places = 0.6 + 0.1 * np.random.default_rng(int(item[1:])).normal(size=len(weights))
+    away = np.array(weights) - places
+    return float(away @ away) / 2, away.tolist()
+
+
+class KnownOracle:
+    """For a searcher by gradient, in the place of a study's oracle: the mean of ``function`` over a batch, through the
+    recipe that the point stands for. ``calls`` are what it was asked."""
+
+    def __init__(
+        self,
+        space: Space,
+        function: Callable[[Sequence[float], str], tuple[float, list[float]]] = drawn_by_items,
+        *,
+        tasks: Sequence[str] = ("one", "two"),
+        piece: int = 100,
+        weights: Mapping[str, float] | None = None,
+    ):
+        self.space, self.function, self.piece = space, function, piece
+        self.items = {task: tuple(f"{task[0]}{10 * t + i}" for i in range(10)) for t, task in enumerate(tasks)}
+        self.held = {task: tuple(f"{task[0]}{100 + i}" for i in range(3)) for task in tasks}
+        self.weights = weights or dict.fromkeys(tasks, 1.0)
+        self.calls: list[tuple[int, list[Any], bool]] = []
+
+    def gradients(
+        self, step: int, point: Point, batches: Sequence[tuple[str, Sequence[str]]], *, learn: bool = True
+    ) -> list[BatchGradient]:
+        self.calls.append((step, list(batches), learn))
+        weights = [w for group in self.space.decode(point).groups for w in group.weights]
+        found = []
+        for task, items in batches:
+            losses, slopes = zip(*(self.function(weights, item) for item in items), strict=True)
+            gradient = tuple(np.mean(slopes, axis=0).tolist()) if learn else ()
+            found.append(BatchGradient(task, float(np.mean(losses)), gradient))
+        return found
+
+
 class SearcherContract:
     """Subclasses name ``searcher``; they may set options and how soon the smooth function must be improved on."""
 
@@ -191,6 +231,7 @@ class SearcherContract:
     options: ClassVar[Mapping[str, Any]] = {}
     draws: ClassVar[bool] = True  # False: the proposals do not depend on the seed
     ranks: ClassVar[bool] = True  # False: what it learns from a score is more than its rank
+    scores: ClassVar[bool] = True  # False: it follows gradients only; scores teach it nothing
     improves_within: ClassVar[int | None] = 60  # trials in 6 dimensions; None: the searcher does not learn
     budget: ClassVar[int] = 30
     kill_budget: ClassVar[int] = 18  # trials of the study that is killed after each of its steps
@@ -223,7 +264,11 @@ class SearcherContract:
             pytest.skip("this searcher takes the reproducible schedule only")
 
     def make(self, space: Space | None = None, seed: int = 0, **settings: Any) -> Searcher:
-        return self.searcher(space or self.space(), seed=seed, **settings, **self.options)
+        space = space or self.space()
+        searcher = self.searcher(space, seed=seed, **settings, **self.options)
+        if isinstance(searcher, GradientSearcher):  # as a study would
+            searcher.oracle = KnownOracle(space)
+        return searcher
 
     def study(
         self, score: Score = smooth, *, space: Space | None = None, seed: int = 0, **settings: Any
@@ -271,6 +316,8 @@ class SearcherContract:
         assert self.make(space).ask(0) == space.initial()
 
     def test_starts_come_first_and_survive_kills(self):
+        if issubclass(self.searcher, GradientSearcher):
+            pytest.skip("this searcher begins at one point")
         space = self.space()
         dims = len(space.dimensions)
         starts = [space.at(np.random.default_rng(i).random(dims).tolist()) for i in range(10)]
@@ -371,6 +418,8 @@ class SearcherContract:
         """The score rises towards a wall, and behind the wall every evaluation fails: the search stays before it."""
         if not self.begins_with_initial:
             pytest.skip("the wall is built around the initial point")
+        if not self.scores:
+            pytest.skip("this searcher does not look at scores")
 
         def score(point: Point) -> float | None:
             return bad if sum(point.values()) > 6.3 else sum(point.values())
@@ -385,8 +434,8 @@ class SearcherContract:
     @pytest.mark.parametrize(("bad", "seed"), [(None, 0), (math.nan, 1)], ids=str)
     def test_failures_do_not_attract(self, bad: float | None, seed: int):
         """Near one end of the space every evaluation fails. (Drawn uniformly, 0.4 of the points would.)"""
-        if self.improves_within is None:
-            pytest.skip("this searcher does not learn")
+        if self.improves_within is None or not self.scores:
+            pytest.skip("this searcher does not learn from scores")
 
         def score(point: Point) -> float | None:
             return bad if sum(point.values()) > 6.3 else smooth(point)
@@ -409,6 +458,8 @@ class SearcherContract:
 
     def test_constraints_lead_the_search(self):
         """The score rises towards a wall, and behind the wall a constraint is missed."""
+        if not self.scores:
+            pytest.skip("this searcher does not look at scores")
 
         def margins(point: Point) -> tuple[float]:
             return (sum(point.values()) - 6.3,)
