@@ -17,8 +17,7 @@ from evomerge import descent
 from evomerge.errors import CandidateError, SpecError
 from evomerge.params import Param
 from evomerge.plugins import LOSS
-from evomerge.searchers.base import GradientSearcher, Point, Searcher, SearcherDrift, Told
-from evomerge.space import Moving, Space
+from evomerge.searchers.base import GradientSearcher, Point, Searcher, SearcherDrift
 
 OWN_EXPERTS = ("kl_to_expert", "hidden_mse")  # losses that look at each task's own expert
 LOSSES = ("entropy", "cross_entropy", *OWN_EXPERTS)  # those of evomerge.losses, which needs torch
@@ -37,7 +36,7 @@ class AdaMergingSearcher(GradientSearcher):
     A step has a batch of each task (of ``tasks`` tasks in turn). The loss is the mean over tasks by their weights.
 
     Raises:
-        SpecError: the space has a dimension that is no weight, more than one start was given, or what ``simplex`` says.
+        SpecError: more than one start was given, or what ``simplex`` says.
     """
 
     name = "adamerging"
@@ -94,7 +93,6 @@ class AdaMergingSearcher(GradientSearcher):
 
     def __init__(self, space: Any, *, seed: int = 0, starts: Any = (), **options: Any):
         super().__init__(space, seed=seed, starts=starts, **options)
-        refuse_what_has_no_gradient(space, self.name)
         if len(self.starts) > 1:
             raise SpecError(
                 f"searcher {self.name} begins at one point, but was given {len(self.starts)}",
@@ -144,9 +142,6 @@ class AdaMergingSearcher(GradientSearcher):
             return f"the loss on held-out items was not lower than at step {at} for {patience} candidates"
         return None
 
-    def needs(self, n: int) -> int:
-        return 0
-
     def ask(self, n: int) -> Point:
         """Trains up to trial ``n``, or to where the training fails. Raises ValueError beyond ``size``."""
         if n >= self.size:
@@ -160,9 +155,6 @@ class AdaMergingSearcher(GradientSearcher):
         except CandidateError as error:
             self._failure = reason_of(error)
         return self._point()
-
-    def tell(self, trial: Told) -> None:
-        """Nothing is learned."""
 
     def replay(self, n: int, point: Point) -> None:
         """Where a state was restored nothing is trained again: the last proposal must be the state's."""
@@ -235,14 +227,3 @@ def reason_of(error: CandidateError) -> str:
     if error.kind != "nan":
         raise error
     return error.reason
-
-
-def refuse_what_has_no_gradient(space: Space, searcher: str = AdaMergingSearcher.name) -> None:
-    """SpecError, naming them, if the space has dimensions that are no weights."""
-    weights = {w.dimension for region in space.regions for w in region.weights if isinstance(w, Moving)}
-    others = [d.name for d in space.dimensions if d.name not in weights or d.choices or d.integer]
-    if others:
-        raise SpecError(
-            f"searcher {searcher} moves weights only, but {', '.join(others)} would have to move as well",
-            remedy="Give it one value in the space, or use search.method tpe or random.",
-        )

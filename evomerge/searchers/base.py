@@ -215,8 +215,11 @@ class Searcher(ABC):
 class GradientSearcher(Searcher):
     """A searcher whose proposals are found by gradients, in ``ask``: it trains until trial n can be proposed.
 
-    The study sets ``oracle`` before it asks, stores ``state()`` and ``curve`` while ``ask`` trains and before it stores
-    the trial, and gives the last of them to ``restore`` on a resume.
+    It moves weights only. The study sets ``oracle`` before it asks, stores ``state()`` and ``curve`` while ``ask``
+    trains and before it stores the trial, and gives the last of them to ``restore`` on a resume.
+
+    Raises:
+        SpecError: as Searcher; or the space has dimensions that are no weights, which are named.
     """
 
     asynchronous = False
@@ -225,6 +228,18 @@ class GradientSearcher(Searcher):
     trains_on: Literal["search", "test"] = "search"  # test: without labels
     restored: int = 0  # a state on the way to this trial was restored
     held_out: float = 0.0  # the share of each task's search items that are not trained on
+
+    def __init__(self, space: Space, **options: Any):
+        from evomerge.space import Moving
+
+        super().__init__(space, **options)
+        weights = {w.dimension for region in space.regions for w in region.weights if isinstance(w, Moving)}
+        others = [d.name for d in space.dimensions if d.name not in weights or d.choices or d.integer]
+        if others:
+            raise SpecError(
+                f"searcher {self.name} moves weights only, but {', '.join(others)} would have to move as well",
+                remedy="Give it one value in the space, or use search.method tpe or random.",
+            )
 
     def at_once(self, budget: int) -> int:
         """How many trials are evaluated beside a step of the training."""
@@ -246,6 +261,13 @@ class GradientSearcher(Searcher):
     @abstractmethod
     def restore(self, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
         """Go on from ``state``."""
+
+    def needs(self, n: int) -> int:
+        """No score: the default searcher by gradient learns nothing from them."""
+        return 0
+
+    def tell(self, trial: Told) -> None:
+        """Nothing is learned."""
 
     def failure(self, n: int) -> str | None:
         """Why the training did not reach trial ``n``, if it did not: the trial is then a failed one."""
