@@ -67,9 +67,14 @@ class BatchLosses:
         ask = {"over": wanted["over"], "labels": loss.labels, "hidden": loss.hidden}
         experts = self._experts(recipe, coefficients, wanted, ask) if loss.teacher else {}
         coefficients.into(recipe)
+        values = [self._value(loss, list(ids), ask, experts.get(task, {})) for task, ids in wanted["batches"]]
+        if wanted["learn"]:
+            found = coefficients.each(values, recipe, self.seeded)
+        else:
+            found = [(self._without_gradient(value), None) for value in values]
         return tuple(
-            self._one(recipe, coefficients, loss, task, list(ids), ask, experts.get(task, {}), wanted["learn"])
-            for task, ids in wanted["batches"]
+            _checked(task, number, gradient)
+            for (task, _), (number, gradient) in zip(wanted["batches"], found, strict=True)
         )
 
     def _loss(self, name: str) -> Loss:
@@ -82,35 +87,20 @@ class BatchLosses:
             self._gradients[free] = CoefficientGradients(self.merger, self.target.model, free=free)
         return self._gradients[free]
 
-    def _one(
-        self,
-        recipe: Recipe,
-        coefficients: CoefficientGradients,
-        loss: Loss,
-        task: str,
-        ids: list[str],
-        ask: Mapping[str, Any],
-        expert: Mapping[str, Predictions],
-        learn: bool,
-    ) -> BatchGradient:
-        theirs = _together([expert[i] for i in ids], self.target.device) if expert else None
+    def _value(
+        self, loss: Loss, ids: list[str], ask: Mapping[str, Any], expert: Mapping[str, Predictions]
+    ) -> Callable[[], Tensor]:
+        """The loss on one batch, to be called once the merge is in the model."""
 
         def value() -> Tensor:
+            theirs = _together([expert[i] for i in ids], self.target.device) if expert else None
             return loss.of(self.evaluator.predictions(self.target, ids, **ask), theirs)
 
-        gradient: tuple[float, ...] = ()
-        with self.seeded():
-            if learn:
-                number, by_expert = coefficients.of(value, recipe)  # (experts, groups)
-                gradient = tuple(by_expert.T.reshape(-1).tolist())
-            else:
-                with torch.no_grad():
-                    number = float(value())
-        if not math.isfinite(number):
-            raise CandidateError("nan", f"task {task}: the loss is {number}")
-        if not all(map(math.isfinite, gradient)):
-            raise CandidateError("nan", f"task {task}: the gradient is not finite")
-        return BatchGradient(task, number, gradient)
+        return value
+
+    def _without_gradient(self, value: Callable[[], Tensor]) -> float:
+        with self.seeded(), torch.no_grad():
+            return float(value())
 
     def _experts(
         self, recipe: Recipe, coefficients: CoefficientGradients, wanted: Mapping[str, Any], ask: Mapping[str, Any]
@@ -131,6 +121,16 @@ class BatchLosses:
         while room < 0 and self._kept:
             room += _bytes(self._kept.popitem(last=False)[1])
         return found
+
+
+def _checked(task: str, loss: float, gradient: Tensor | None) -> BatchGradient:
+    """``gradient``: (experts, groups), if one was asked for."""
+    flat = () if gradient is None else tuple(gradient.T.reshape(-1).tolist())
+    if not math.isfinite(loss):
+        raise CandidateError("nan", f"task {task}: the loss is {loss}")
+    if not all(map(math.isfinite, flat)):
+        raise CandidateError("nan", f"task {task}: the gradient is not finite")
+    return BatchGradient(task, loss, flat)
 
 
 def _alone(recipe: Recipe, t: int) -> Recipe:

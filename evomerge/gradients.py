@@ -8,7 +8,7 @@ with the sources, slice by slice, do the rest: no graph through the merge, and n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,15 @@ from evomerge.errors import CheckpointError, EvaluatorError
 from evomerge.folders import some
 from evomerge.merging import MergePlan, Merger
 from evomerge.methods import fused
-from evomerge.methods.base import LowRank, arithmetic_dtype, check_params, require_affine
+from evomerge.methods.base import LowRank, check_params, require_affine
 from evomerge.methods.lookup import method_of
 from evomerge.placement import owners, part_of
 from evomerge.recipe import Recipe
+from evomerge.task_vectors import Numbers, Place, slice_products
+from evomerge.task_vectors import products as task_products
 
+AT_ONCE = 4  # gradients that are kept for one pass over the sources; more gain little
+KEPT_BYTES = 2**30  # of them, at the most, unless one takes more
 Loss = Callable[[], Tensor]
 OTHER_SEARCHERS = "Search with cma or tpe, which need no gradients."
 
@@ -43,8 +47,8 @@ class CoefficientGradients:
         merger: its sources are the recipes'.
         model: resident, in evaluation mode.
         free: take a parameter's inner products as soon as its gradient is complete, and drop it, so that there is never
-            a set of gradients as large as the model. Else all are kept until the backward pass (or the last of several)
-            is over, and the sources are read once. Both give the same bits for one loss.
+            a set of gradients as large as the model. Else those of AT_ONCE losses are kept, as far as KEPT_BYTES go,
+            and the sources are read once for them. Both give the same bits.
     """
 
     def __init__(self, merger: Merger, model: Any, *, free: bool):
@@ -65,17 +69,33 @@ class CoefficientGradients:
         return self._plan
 
     def of(self, losses: Loss | Sequence[Loss], recipe: Recipe) -> tuple[float, Tensor]:
-        """The loss at ``recipe``, which is merged into the model first, and its gradient.
+        """The loss at ``recipe``, which is merged into the model first, and its gradient; of several losses the sums.
 
-        Afterwards no parameter has a gradient or requires one that did not before.
-
-        Args:
-            losses: called without arguments, gives the loss as a scalar that can be differentiated by the model's
-                parameters. Of several the sum is meant, each with a backward pass of its own.
+        Args and errors as for ``each``.
 
         Returns:
             (loss, gradient): the gradient float64 on the CPU, (T experts, G groups) in the recipe's order. Either may
             be NaN or infinite.
+        """
+        found = self.each([losses] if callable(losses) else losses, recipe)
+        total, gradient = found[0]
+        for loss, own in found[1:]:
+            total, gradient = total + loss, gradient + own
+        return total, gradient
+
+    def each(
+        self,
+        losses: Sequence[Loss],
+        recipe: Recipe,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> list[tuple[float, Tensor]]:
+        """(loss, gradient), as of ``of``, for each of the losses; what is found for one does not depend on the others.
+
+        Afterwards no parameter has a gradient or requires one that did not before.
+
+        Args:
+            losses: called without arguments, each gives a scalar that can be differentiated by the model's parameters.
+            around: a context for each loss with its backward pass.
 
         Raises:
             MethodError: as ``into``.
@@ -85,40 +105,44 @@ class CoefficientGradients:
         plan = self.into(recipe)
         group_of = self.merger.moving(plan)
         held = self._held(plan, group_of)
-        products = {name: torch.zeros(len(recipe.experts), dtype=torch.float64) for name in held}
-
-        def take(parameter: Tensor, names: Sequence[str]) -> None:
-            """Add the inner products with a parameter's gradient, and drop it."""
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                dense = gradient.to_dense() if gradient.is_sparse else gradient
-                for name in names:
-                    values = part_of(dense, parameter, self.placement.views[name])
-                    products[name] += self._products(plan, name, values)
-
         parameters = _by_parameter(held)
-        total = 0.0
+        products = np.zeros((len(losses), len(held), len(recipe.experts)))
+        table = _Products(self.merger, plan, list(held))
+        at_once = max(1, min(AT_ONCE, KEPT_BYTES // max(1, sum(p.nbytes for p, _ in parameters))))
+        values: list[float] = []
+        waiting: list[dict[str, Tensor]] = []  # gradients of the last losses
+
+        def take(parameter: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+            """The parts of a parameter's gradient, which is dropped."""
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return {}
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            return {name: part_of(dense, parameter, self.placement.views[name]) for name in names}
+
         with _requiring(self.model, [parameter for parameter, _ in parameters]), torch.enable_grad():
             handles = []
             if self.free:
-                hook = torch.no_grad()(take)
+                hook = torch.no_grad()(lambda p, names: table.add([take(p, names)], products[len(values), None]))
                 handles = [
                     parameter.register_post_accumulate_grad_hook(lambda p, names=names: hook(p, names))
                     for parameter, names in parameters
                 ]
             try:
-                for loss in [losses] if callable(losses) else losses:
-                    total += self._backward(loss, bool(parameters))
+                for number, loss in enumerate(losses, start=1):
+                    with around():
+                        value = self._backward(loss, bool(parameters))
+                    with torch.no_grad():
+                        waiting.append({n: part for p, names in parameters for n, part in take(p, names).items()})
+                        if len(waiting) == at_once or number == len(losses):
+                            table.add(waiting, products[number - len(waiting) : number])
+                            waiting.clear()
+                    values.append(value)
             finally:
                 for handle in handles:
                     handle.remove()
-            with torch.no_grad():
-                for parameter, names in parameters:
-                    take(parameter, names)
-        gradient = torch.zeros(len(recipe.experts), len(recipe.groups), dtype=torch.float64)
-        for name, found in products.items():
-            gradient[:, group_of[name]] += found
-        return total, gradient
+        groups = [group_of[name] for name in held]
+        return [(value, _by_group(found, groups, recipe)) for value, found in zip(values, products, strict=True)]
 
     @staticmethod
     def _backward(loss: Loss, moves: bool) -> float:
@@ -163,41 +187,86 @@ class CoefficientGradients:
                 for _, _, vector in self.merger.directions(plan, name)
             )
 
-    def _products(self, plan: MergePlan, name: str, gradient: Tensor) -> Tensor:
-        """(T,) float64 on the CPU: <gradient, v_t>. The gradient has the tensor's shape and any strides."""
-        flat = gradient.reshape(-1)
-        if (fused_products := self._task_products(plan, name, flat)) is not None:
-            return fused_products
-        totals: Tensor | None = None
-        for start, t, vector in self.merger.directions(plan, name):
-            product = _inner_product(flat, start, vector)
-            if totals is None:
-                totals = torch.zeros(len(plan.recipe.experts), dtype=torch.float64, device=product.device)
-            totals[t] += product
-        return torch.zeros(len(plan.recipe.experts), dtype=torch.float64) if totals is None else totals.cpu()
 
-    def _task_products(self, plan: MergePlan, name: str, gradient: Tensor) -> Tensor | None:
-        """The same by a compiled loop, where directions are task vectors of dense experts on the CPU; else None."""
-        part, _, params = plan.of(name)
-        sources, scales = self.merger.sources, part.method.task_scales(len(plan.recipe.experts), params)
-        factors = part.method.factors and sources.has_factors(name)
-        if scales is None or sources.base is None or factors or fused.kernels() is None:
-            return None
-        if self.merger.device != "cpu" or gradient.device.type != "cpu":
-            return None
-        from evomerge.methods import gradient_kernels
+class _Products:
+    """Inner products of gradients with what a plan's weights multiply.
 
-        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-        totals = np.zeros(len(scales))
-        for start, base, experts in self.merger.task_slices(plan, name):
-            chosen = [t for t, expert in enumerate(experts) if expert is not base]
-            dtype = arithmetic_dtype(base, *experts)
-            theta_0, *alike = fused.alike([base, *(experts[t] for t in chosen)], dtype)
-            found = np.zeros(len(chosen))
-            slope = fused.array(wide[start : start + base.numel()])
-            gradient_kernels.task_products(slope, fused.array(theta_0), fused.addresses(alike), found)
-            totals[chosen] += found
-        return torch.from_numpy(totals * scales)
+    Args:
+        names: of the tensors, in the order of what is added to.
+    """
+
+    def __init__(self, merger: Merger, plan: MergePlan, names: Sequence[str]):
+        self.merger, self.plan = merger, plan
+        self._number = {name: number for number, name in enumerate(names)}
+        self._scales: dict[str, Sequence[float] | None] = {}
+
+    def add(self, gradients: Sequence[Mapping[str, Tensor]], out: Numbers) -> None:
+        """out[b, n] += (T,) <gradient, v_t> of each gradient b and tensor n that it has.
+
+        Args:
+            gradients: B sets by the name of the tensor, each in its shape with any strides.
+            out: (B, N, T) float64.
+        """
+        at_once: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, Place]]] = {}
+        for name in dict.fromkeys(name for one in gradients for name in one):
+            own = [one.get(name) for one in gradients]
+            place = self._place(name, [gradient for gradient in own if gradient is not None])
+            if place is None:
+                for b, gradient in enumerate(own):
+                    if gradient is not None:
+                        out[b, self._number[name]] += self._of(name, gradient.reshape(-1))
+                continue
+            first = next(gradient for gradient in own if gradient is not None)
+            if all(gradient is None or gradient.is_contiguous() for gradient in own):
+                at_once.setdefault((first.dtype, place.dtype), []).append((name, place))
+            else:  # copies of one tensor at a time
+                self._add([(name, place)], [{name: g.contiguous()} if g is not None else {} for g in own], out)
+        for found in at_once.values():
+            self._add(found, gradients, out)
+
+    def _add(self, found: Sequence[tuple[str, Place]], gradients: Sequence[Mapping[str, Tensor]], out: Numbers) -> None:
+        """The same by a compiled loop, of contiguous gradients."""
+        rows = [[one.get(name) for name, _ in found] for one in gradients]
+        scales = np.array([self._scales_of(name) for name, _ in found])
+        out[:, [self._number[name] for name, _ in found]] += scales * task_products([p for _, p in found], rows)
+
+    def _place(self, name: str, gradients: Sequence[Tensor]) -> Place | None:
+        """Where the task vectors lie that a compiled loop can take; else None."""
+        types = {gradient.dtype for gradient in gradients}
+        if len(types) > 1 or not types <= set(fused.WIDENED) or not self._compiled(name, *gradients):
+            return None
+        return self.merger.task_vectors.place(name)
+
+    def _compiled(self, name: str, *gradients: Tensor) -> bool:
+        """Are directions task vectors of dense experts on the CPU?"""
+        here = fused.kernels() is not None and self.merger.device == "cpu" and fused.on_cpu(*gradients)
+        return here and self._scales_of(name) is not None
+
+    def _scales_of(self, name: str) -> Sequence[float] | None:
+        if name not in self._scales:
+            self._scales[name] = self.merger.task_scales(self.plan, name)
+        return self._scales[name]
+
+    def _of(self, name: str, gradient: Tensor) -> Numbers:
+        """(T,) of one tensor, slice by slice: <gradient, v_t>, the gradient flat."""
+        found = np.zeros(len(self.plan.recipe.experts))
+        scales = self._scales_of(name)
+        if scales is not None and self._compiled(name, gradient):
+            for start, base, experts in self.merger.task_slices(self.plan, name):
+                chosen = [t for t, expert in enumerate(experts) if expert is not base]
+                part = gradient[start : start + base.numel()]
+                found[chosen] += slice_products(part, base, [experts[t] for t in chosen])
+            return found * np.array(scales)
+        for start, t, vector in self.merger.directions(self.plan, name):
+            found[t] += float(_inner_product(gradient, start, vector))
+        return found
+
+
+def _by_group(products: Numbers, groups: Sequence[int], recipe: Recipe) -> Tensor:
+    """(T, G) from (N, T): the sums over each group's tensors, in their order."""
+    gradient = np.zeros((len(recipe.groups), len(recipe.experts)))
+    np.add.at(gradient, groups, products)
+    return torch.from_numpy(gradient.T.copy())
 
 
 def _inner_product(gradient: Tensor, start: int, vector: Tensor | LowRank) -> Tensor:

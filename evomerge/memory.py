@@ -1,7 +1,11 @@
-"""How much memory a worker needs: the rule that docs/architecture.md states and benchmarks/memory.py measures."""
+"""How much memory a worker needs: the rule that docs/architecture.md states and benchmarks/memory.py measures.
+
+And what becomes of memory that is freed.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 
 from evomerge.checkpoints import Sources
@@ -25,3 +29,22 @@ def worker_bytes(sources: Sources, compute_dtype: str, *, kept_bits: Iterable[in
     drawn = sum(reference.numel(name) for expert in sources.experts for name in sources.names if name in expert)
     kept = sum(min(drawn * bits // 8, MOST_BYTES) for bits in kept_bits)
     return model + WHOLE_COPIES * 4 * largest + kept + PROCESS_BYTES
+
+
+# Numbers of mallopt(3), and what they are set to: never give the top of the heap back; take what is up to 32 MB, the
+# most that glibc allows here, from the heap.
+_KEEP = {-1: -1, -3: 2**25}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, for its own next use; False where the C library is not glibc.
+
+    A backward pass takes what the one before has freed. In between glibc would give it back to the system, which fills
+    every page with zeros when it comes again: half of what gradients and activations cost where batches are small. The
+    most memory that the process takes stays what it is, but it keeps that until it ends.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return False
+    return all([mallopt(option, value) == 1 for option, value in _KEEP.items()])

@@ -32,7 +32,8 @@ from evomerge.collected import statistics_for, verify_collected
 from evomerge.errors import CheckpointError, EvaluatorError, SpecError, nearest
 from evomerge.folders import find_folder, some
 from evomerge.hub import pin
-from evomerge.methods.base import LowRank, Method, State, TensorInfo, check_params
+from evomerge.methods import fused
+from evomerge.methods.base import LowRank, Method, State, TensorInfo, check_experts, check_params, check_weights
 from evomerge.methods.chunks import slices
 from evomerge.methods.lookup import method_of
 from evomerge.parts import check_parts
@@ -40,6 +41,7 @@ from evomerge.placement import Placement, place, refuse_offloaded
 from evomerge.progress import Progress
 from evomerge.recipe import DTYPES, Group, Recipe, Source
 from evomerge.safetensor_files import ShardWriter
+from evomerge.task_vectors import Place, TaskVectors, merge
 
 Report = Callable[[int, int], None]
 SHARD_SIZE = 5_000_000_000  # bytes
@@ -160,6 +162,7 @@ class Merger:
         # method -> (what was fixed, its tensors, the statistics, its state)
         self._states: dict[Method, tuple[dict[str, Any], set[str], Sequence[Any] | None, Any]] = {}
         self._statistics: dict[str, Sequence[Any]] = {}  # of experts, by where they are
+        self.task_vectors = TaskVectors(sources)
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -181,10 +184,13 @@ class Merger:
     def write(self, model: Any, plan: MergePlan) -> None:
         """As ``into``, for whoever has the plan."""
         resident = self.adopt(model)
-        for name, view in resident.placement.views.items():
-            if self._must_write(resident, plan, name):
-                self._write(plan, name, view)
-                self._note(resident, plan, name)
+        views = resident.placement.views
+        names = [name for name in views if self._must_write(resident, plan, name)]
+        at_once = self._write_at_once(plan, {name: views[name] for name in names})
+        for name in names:
+            if name not in at_once:
+                self._write(plan, name, views[name])
+            self._note(resident, plan, name)
         for conversion in resident.placement.conversions:
             names = [name for _, name in conversion.sources]
             changed = [self._must_write(resident, plan, name) for name in names]
@@ -318,6 +324,13 @@ class Merger:
             for t, vector in part.method.directions(base, experts, **call):
                 yield piece.start, t, vector
 
+    def task_scales(self, plan: MergePlan, name: str) -> list[float] | None:
+        """c with directions v_t = c_t tau_t of dense task vectors of one tensor; else None."""
+        part, _, params = plan.of(name)
+        if self.sources.base is None or (part.method.factors and self.sources.has_factors(name)):
+            return None
+        return part.method.task_scales(len(plan.recipe.experts), params)
+
     def task_slices(self, plan: MergePlan, name: str) -> Iterator[tuple[int, Tensor, list[Any]]]:
         """(start, base, experts) of one tensor's slices, for who computes with task vectors himself."""
         for piece, base, experts, _ in self._slices(plan, name):
@@ -381,6 +394,28 @@ class Merger:
             place += piece.numel()
         if not direct:
             view.copy_(flat.view(view.shape))
+
+    def _write_at_once(self, plan: MergePlan, views: Mapping[str, Tensor]) -> set[str]:
+        """Merge the tensors that are sums of dense task vectors in one call; says which. The bits of ``_write``."""
+        chosen: dict[torch.dtype, list[tuple[str, Place, list[float]]]] = {}
+        if fused.kernels() is None or self.device != "cpu":
+            return set()
+        for name, view in views.items():
+            part, group, params = plan.of(name)
+            if not part.method.sums_task_vectors or self._stays_base(plan, name):
+                continue
+            place = self.task_vectors.place(name)
+            exact = place is not None and view.dtype == fused.WIDENED[place.dtype] and plan.dtype in (None, view.dtype)
+            if place is not None and exact and view.is_contiguous() and view.device.type == "cpu":
+                count = len(group.weights)
+                check_experts(part.method, self.sources.base is not None, count)
+                weights = check_weights(part.method, group.weights, count)
+                coefficients = part.method.task_coefficients(weights, **params)
+                assert coefficients is not None
+                chosen.setdefault(place.dtype, []).append((name, place, coefficients))
+        for found in chosen.values():
+            merge([place for _, place, _ in found], [c for _, _, c in found], [views[name] for name, _, _ in found])
+        return {name for found in chosen.values() for name, _, _ in found}
 
     def _whole(self, plan: MergePlan, name: str, dtype: torch.dtype) -> Tensor:
         """One merged tensor, rounded to export_dtype and then cast to ``dtype``."""

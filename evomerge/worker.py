@@ -179,7 +179,9 @@ class Worker:
     def _batch_losses(self) -> BatchLosses:
         if self._losses is None:
             from evomerge.batch_losses import BatchLosses
+            from evomerge.memory import keep_freed_memory
 
+            keep_freed_memory()  # from now on this worker does the same again and again
             assert self.target is not None  # planning refuses evaluators that need a checkpoint
             self._losses = BatchLosses(
                 self.merger, self.evaluator, self.target, lambda: _seeded(self.spec.seed), Path(self.spec.folder)

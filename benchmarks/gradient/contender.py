@@ -74,9 +74,11 @@ def ours(task: dict[str, Any]) -> Step:
 
     from evomerge.descent import Box, Descent
     from evomerge.gradients import CoefficientGradients
+    from evomerge.memory import keep_freed_memory
     from evomerge.merging import Merger, load_resident, open_sources
     from evomerge.recipe import Group, Recipe, Source
 
+    keep_freed_memory()  # as a worker does
     experts = tuple(Source(f"expert{t}", path) for t, path in enumerate(task["experts"]))
     recipe = Recipe(
         Source("base", task["base"]), experts, "task_arithmetic", (Group((START,) * len(experts)),),

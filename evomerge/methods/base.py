@@ -85,6 +85,8 @@ class Method(ABC):
         kept_bits: how many bits an entry and expert ``prepare``'s state comes to keep at the most; all of them together
             no more than ``masks.MOST_BYTES``. 0 for a few numbers a tensor.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).
+        sums_task_vectors: of dense experts ``combine`` is ``arithmetic.sum_task_vectors`` by ``task_coefficients``, so
+            that many tensors can be merged in one call.
         statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
             gram, gram_merged or loss; None for a method that merges without any.
         affine_remedy: what to do where a merge must be affine in its weights, and with some parameters it is not.
@@ -105,6 +107,7 @@ class Method(ABC):
     draws: bool = False
     kept_bits: int = 0
     keeps_base: bool = True
+    sums_task_vectors: bool = False
     statistics: str | None = None
     affine_remedy: str = AFFINE
 

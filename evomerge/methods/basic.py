@@ -109,6 +109,7 @@ class TaskArithmetic(Method):
     factors = True
     widens = True
     fills = True
+    sums_task_vectors = True
 
     def is_linear(self, **params: Any) -> bool:
         return True

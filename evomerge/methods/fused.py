@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WIDENED = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+# What is stored -> what the loops calculate in.
+WIDENED = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
 _loaded: list[ModuleType | None] = []  # once it has been looked for
 
 
@@ -61,7 +62,7 @@ def array(tensor: Tensor) -> np.ndarray[Any, Any]:
 def alike(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Contiguous tensors of one type: their own, if all have it and the loops widen it to ``dtype``, or ``dtype``."""
     own = tensors[0].dtype
-    common = own if all(tensor.dtype == own for tensor in tensors) and _WIDENED.get(own) == dtype else dtype
+    common = own if all(tensor.dtype == own for tensor in tensors) and WIDENED.get(own) == dtype else dtype
     return [tensor.to(common).contiguous() for tensor in tensors]
 
 

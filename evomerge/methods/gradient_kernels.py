@@ -1,4 +1,4 @@
-"""Compiled loops over gradients: inner products with task vectors, in one pass over the sources.
+"""Compiled loops over gradients: inner products with task vectors.
 
 Used where ``fused.kernels`` says so.
 """
@@ -15,26 +15,53 @@ from evomerge.methods.kernels import SIZE, compiled, pointer, widened
 
 
 @compiled
-def task_products(gradient, base, experts, out):
-    """out[t] += <g, theta_t - theta_0>: the difference in the arithmetic type, product and sum in float64.
+def task_products(gradients, bases, experts, counts, slope, stored, out):
+    """out[b, k, t] += <g_bk, theta_kt - theta_k0>, of B gradients, K tensors and T experts; each source is read once.
 
-    SIZE sums run side by side, so that the compiler can use vector instructions.
+    The difference is one in the arithmetic type, product and sum are in float64. What is added to a number of ``out``
+    depends on its own gradient and tensors alone.
 
     Args:
-        gradient: (n,) float32 or float64.
-        base: (n,) uint16 for bfloat16, float32 or float64.
-        experts: (T,) addresses of as many entries of base's type, contiguous.
-        out: (T,) float64.
+        gradients: (B, K) addresses of contiguous entries of the type of ``slope``; 0 for none.
+        bases: (K,) addresses of entries of the type of ``stored``.
+        experts: (K, T) as the bases; 0 where an expert leaves the tensor alone.
+        counts: (K,) how many entries.
+        slope, stored: arrays whose types count: uint16 for bfloat16, float32 or float64.
+        out: (B, K, T) float64.
     """
-    sums = np.zeros(len(experts) * SIZE)
-    for start in range(0, len(base), SIZE):
-        n = min(SIZE, len(base) - start)
-        theta_0, slope = base[start : start + n], gradient[start : start + n]
-        for t in range(len(experts)):
-            expert = carray(pointer(experts[t] + start * base.itemsize, base), n)
-            own = sums[t * SIZE : t * SIZE + n]
-            for i in range(n):
-                own[i] += np.float64(slope[i]) * np.float64(widened(expert[i]) - widened(theta_0[i]))
-    for t in range(len(experts)):
-        for i in range(SIZE):
-            out[t] += sums[t * SIZE + i]
+    rows, tau = np.empty((len(gradients), SIZE)), np.empty(SIZE)
+    for k in range(len(bases)):
+        for start in range(0, counts[k], SIZE):
+            n = min(SIZE, counts[k] - start)
+            theta_0 = carray(pointer(bases[k] + start * stored.itemsize, stored), n)
+            for b in range(len(gradients)):
+                if gradients[b, k] != 0:
+                    _widen(carray(pointer(gradients[b, k] + start * slope.itemsize, slope), n), rows[b])
+            for t in range(experts.shape[1]):
+                if experts[k, t] == 0:
+                    continue
+                _subtract(carray(pointer(experts[k, t] + start * stored.itemsize, stored), n), theta_0, tau)
+                for b in range(len(gradients)):
+                    if gradients[b, k] != 0:
+                        out[b, k, t] += _dot(rows[b], tau, n)
+
+
+@compiled
+def _widen(values, out):
+    for i in range(len(values)):
+        out[i] = np.float64(widened(values[i]))
+
+
+@compiled
+def _subtract(expert, base, out):
+    for i in range(len(expert)):
+        out[i] = np.float64(widened(expert[i]) - widened(base[i]))
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def _dot(a, b, n):
+    """Its sums run side by side, as many as suit the processor: so they stay in its registers."""
+    total = 0.0
+    for i in range(n):
+        total += a[i] * b[i]
+    return total

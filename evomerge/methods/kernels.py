@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,21 @@ SIZE = 512  # entries of a block: six sums of them fit into half the fastest cac
 DOWN = 4096  # what a vote for - adds where votes for + add 1: exact in float32 for fewer experts than that
 
 
-def compiled(function: Any) -> Any:
+def compiled(function: Any = None, **options: Any) -> Any:
     """``function`` as machine code, made at its first call for a combination of types and kept on disk.
 
     Under EVOMERGE_CACHE (or ~/.cache/evomerge), in a folder of all loops' source: numba looks at the one file that a
     function stands in, not at those it imports from, so that a change there would leave stale machine code in use.
     Where nothing can be written, or no more, it is compiled once a process.
+
+    Args:
+        options: more of numba's, such as ``fastmath``. Without a function this is a decorator that has them.
     """
+    if function is None:
+        return partial(compiled, **options)
     folder = cache_folder() / "loops" / _sources_hash()
     before = config.CACHE_DIR  # pyright: ignore[reportAttributeAccessIssue]
-    options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+    options = {"error_model": "numpy", "nogil": True, **options}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config.CACHE_DIR = str(folder)  # pyright: ignore[reportAttributeAccessIssue]
@@ -324,6 +329,33 @@ def sum_task_vectors(base, experts, weights, out):
                     merged[i] = fma(widened(expert[i]) - widened(theta_0[i]), weight, merged[i])
         for i in range(n):
             merged[i] += widened(theta_0[i])
+
+
+@compiled
+def merge_task_vectors(bases, experts, counts, weights, outs, stored, wide):
+    """``sum_task_vectors`` of many tensors: K of them, and T experts.
+
+    Args:
+        bases: (K,) addresses of contiguous entries of the type of ``stored``.
+        experts: (K, T) of as many; 0 for an expert that is to leave no trace.
+        counts: (K,) how many entries.
+        weights: (K, T) of the type of ``wide``.
+        outs: (K,) addresses of entries of the type of ``wide``.
+        stored, wide: arrays whose types count.
+    """
+    addresses, numbers = np.empty(experts.shape[1], np.int64), np.empty(experts.shape[1], wide.dtype)
+    for k in range(len(bases)):
+        base, out = carray(pointer(bases[k], stored), counts[k]), carray(pointer(outs[k], wide), counts[k])
+        chosen = 0
+        for t in range(experts.shape[1]):
+            if experts[k, t] != 0:
+                addresses[chosen], numbers[chosen] = experts[k, t], weights[k, t]
+                chosen += 1
+        if chosen > 0:
+            sum_task_vectors(base, addresses[:chosen], numbers[:chosen], out)
+        else:
+            for i in range(len(out)):
+                out[i] = widened(base[i])
 
 
 @compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from evomerge.methods import fused
 
@@ -12,30 +13,65 @@ kernels = pytest.importorskip("evomerge.methods.gradient_kernels", reason="numba
 WIDE = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
 
 
-@pytest.mark.parametrize("count", [1, 511, 512, 513, 5000])
+def products(
+    gradients: list[list[Tensor | None]], bases: list[Tensor], experts: list[list[Tensor | None]]
+) -> np.ndarray:
+    """(B, K, T), added to 0.5."""
+    found = np.full((len(gradients), len(bases), len(experts[0])), 0.5)
+    slope = next(gradient for row in gradients for gradient in row if gradient is not None)
+    kernels.task_products(
+        np.stack([fused.addresses(row) for row in gradients]),
+        fused.addresses(bases),
+        np.stack([fused.addresses(row) for row in experts]),
+        np.array([base.numel() for base in bases]),
+        fused.array(slope),
+        fused.array(bases[0]),
+        found,
+    )
+    return found
+
+
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-@pytest.mark.parametrize("slope", [torch.float32, torch.float64], ids=str)
-def test_products_with_task_vectors(count: int, dtype: torch.dtype, slope: torch.dtype):
-    draws = torch.Generator().manual_seed(count)
-    base, *experts = (torch.randn(count, generator=draws).to(dtype) for _ in range(4))
-    gradient = torch.randn(count, generator=draws, dtype=torch.float64).to(slope)
-    found = np.full(3, 0.5)  # what is there is added to
-    kernels.task_products(fused.array(gradient), fused.array(base), fused.addresses(experts), found)
-    terms = [gradient.double() * (expert.to(WIDE[dtype]) - base.to(WIDE[dtype])).double() for expert in experts]
-    sums = np.array([float(term.sum()) for term in terms])
-    sizes = np.array([float(term.abs().sum()) for term in terms])
-    assert (np.abs(found - 0.5 - sums) <= 1e-14 * sizes + 1e-15).all()
+@pytest.mark.parametrize("slope", WIDE, ids=str)
+def test_products_with_task_vectors(dtype: torch.dtype, slope: torch.dtype):
+    draws = torch.Generator().manual_seed(3)
+    sizes = (1, 511, 512, 513, 5000)
+
+    def drawn(size: int, kind: torch.dtype) -> Tensor:
+        return torch.randn(size, generator=draws, dtype=torch.float64).to(kind)
+
+    bases = [drawn(size, dtype) for size in sizes]
+    experts: list[list[Tensor | None]] = [[drawn(size, dtype) for _ in range(3)] for size in sizes]
+    gradients: list[list[Tensor | None]] = [[drawn(size, slope) for size in sizes] for _ in range(2)]
+    experts[2][1], gradients[1][3] = None, None  # nothing is added
+    found = products(gradients, bases, experts)
+    for b, k, t in np.ndindex(found.shape):
+        gradient, expert = gradients[b][k], experts[k][t]
+        if gradient is None or expert is None:
+            assert found[b, k, t] == 0.5
+            continue
+        terms = gradient.double() * (expert.to(WIDE[dtype]) - bases[k].to(WIDE[dtype])).double()
+        assert abs(found[b, k, t] - 0.5 - float(terms.sum())) <= 1e-14 * float(terms.abs().sum()) + 1e-15
+
+
+def test_a_product_does_not_depend_on_what_else_there_is():
+    draws = torch.Generator().manual_seed(4)
+    sizes = (700, 5000)
+    bases = [torch.randn(size, generator=draws) for size in sizes]
+    experts: list[list[Tensor | None]] = [[torch.randn(size, generator=draws) for _ in range(3)] for size in sizes]
+    gradients: list[list[Tensor | None]] = [[torch.randn(size, generator=draws) for size in sizes] for _ in range(5)]
+    found = products(gradients, bases, experts)
+    for b, k, t in np.ndindex(found.shape):
+        alone = products([[gradients[b][k]]], [bases[k]], [[experts[k][t]]])
+        assert alone[0, 0, 0] == found[b, k, t]
 
 
 def test_without_experts_nothing_is_added():
-    found = np.zeros(0)
-    kernels.task_products(np.ones(3, np.float32), np.ones(3, np.float32), np.zeros(0, np.int64), found)
-    assert found.shape == (0,)
+    assert products([[torch.ones(3)]], [torch.ones(3)], [[]]).shape == (1, 1, 0)
 
 
 def test_numbers_that_are_not_finite_show():
-    found = np.zeros(1)
-    expert = torch.tensor([1.0, 2.0])
     gradient = torch.tensor([float("nan"), 1.0])
-    kernels.task_products(fused.array(gradient), fused.array(torch.zeros(2)), fused.addresses([expert]), found)
-    assert np.isnan(found).all()
+    assert np.isnan(products([[gradient]], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
+    infinite = torch.tensor([float("inf"), 1.0])
+    assert np.isinf(products([[infinite]], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
