@@ -47,4 +47,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):
         return False
-    return all([mallopt(option, value) == 1 for option, value in _KEEP.items()])
+    answers = [mallopt(option, value) for option, value in _KEEP.items()]
+    return all(answers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,26 @@ def test_what_methods_keep():
     """As docs/architecture.md says it."""
     kept = {name: method.kept_bits for name, method in METHODS.items() if method.kept_bits}
     assert kept == {"dare_linear": 1, "dare_ties": 1, "della_linear": 16, "della": 16}
+
+
+KEPT = """
+import resource
+from evomerge.memory import keep_freed_memory
+if keep_freed_memory():
+    pages = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        parts = [bytearray(4_000_000) for _ in range(20)]
+        del parts
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(*pages)
+"""
+
+
+def test_freed_memory_is_used_again_and_does_not_come_anew_from_the_system():
+    """80 MB are some 20,000 pages of 4 KiB. The setting is for a whole process: hence one of its own."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    if not done.stdout:
+        pytest.skip("the C library is not glibc")
+    _, *later = map(int, done.stdout.split())
+    assert sum(later) < 100

@@ -2,8 +2,9 @@
 
     python contender.py '{"what": "keep", "base": "folder", "experts": ["folder", ...], "batch": 16, "tokens": 64, ...}'
 
-``what`` is one of ours (keep, free), autograd (the merge is part of the graph, as in the AdaMerging authors' code), or
-fusion_bench (its LayerWiseMergedModel and the loop of its layer_wise_adamerging.py), which the peers' Python runs.
+``what`` is one of ours (keep, free), passes (the model's passes and nothing else), autograd (the merge is part of the
+graph, as in the AdaMerging authors' code), or fusion_bench (its LayerWiseMergedModel and the loop of its
+layer_wise_adamerging.py), which the peers' Python runs.
 
 All do the same: a coefficient an expert and tensor from 0.3, the entropy of a frozen head's classes on a batch of each
 task, the sum over the tasks, Adam. CPU seconds of each step after the first; anonymous memory is sampled meanwhile.
@@ -31,7 +32,9 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    step = {"keep": ours, "free": ours, "autograd": autograd, "fusion_bench": fusion_bench}[task["what"]](task)
+    step = {"passes": passes, "keep": ours, "free": ours, "autograd": autograd, "fusion_bench": fusion_bench}[
+        task["what"]
+    ](task)
     before, losses, seconds = anonymous(), [], []
     with Peak() as peak:
         for number in range(task["steps"] + 1):
@@ -76,9 +79,11 @@ def ours(task: dict[str, Any]) -> Step:
     from evomerge.gradients import CoefficientGradients
     from evomerge.memory import keep_freed_memory
     from evomerge.merging import Merger, load_resident, open_sources
+    from evomerge.methods import fused
     from evomerge.recipe import Group, Recipe, Source
 
-    keep_freed_memory()  # as a worker does
+    keep_freed_memory()  # as a worker does, and what it has in memory before the first job
+    fused.kernels()
     experts = tuple(Source(f"expert{t}", path) for t, path in enumerate(task["experts"]))
     recipe = Recipe(
         Source("base", task["base"]), experts, "task_arithmetic", (Group((START,) * len(experts)),),
@@ -107,6 +112,28 @@ def ours(task: dict[str, Any]) -> Step:
         value, gradient = gradients.of([loss(t) for t in range(len(ids))], point)
         state = descent.step(state, gradient.T.reshape(-1).numpy())
         return value
+
+    return step
+
+
+def passes(task: dict[str, Any]) -> Step:
+    """A forward and a backward pass for each task and nothing else: the floor of what we do."""
+    from evomerge.memory import keep_freed_memory
+
+    keep_freed_memory()
+    model = loaded(task["base"])
+    for parameter in model.parameters():
+        parameter.data = parameter.detach().clone()  # in memory of its own, as merged ones are
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    own = heads(task, model.config.hidden_size)
+
+    def step(ids: Sequence[Tensor]) -> float:
+        total = 0.0
+        for batch, head in zip(ids, own, strict=True):
+            loss = entropy(model(input_ids=batch).last_hidden_state, head)
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
     return step
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,7 +25,7 @@ import ctypes, os, random, re, signal, subprocess, sys, time
 import numpy
 import torch
 
-from evomerge import Evaluator, Item, Outcome
+from evomerge import Evaluator, Item, Outcome, Predictions
 
 WORDS = ["alpha", "bravo", "carol", "delta", "eager", "fable"]
 FAULTS = ["raise", "nan", "none", "short", "text", "exit", "memory", "_exit", "segfault", "abort",
@@ -50,6 +51,16 @@ class Faults(Evaluator):
         if "none" in item_ids:
             return None
         return answer[:-1] if "short" in item_ids else answer
+
+    def predicts(self, task):
+        return frozenset(["answers"]) if task == "words" else frozenset()
+
+    def predictions(self, target, item_ids, *, over="answers", labels=False, hidden=False):
+        rows = []
+        for item_id in item_ids:
+            ids = torch.tensor([target.tokenizer(item_id)["input_ids"]], device=target.device)
+            rows.append(target.model(input_ids=ids).logits[0, -1].float())
+        return Predictions(torch.stack(rows), torch.ones(len(rows), device=target.device), None, None, None)
 
     def one(self, target, item_id):
         if item_id in FAULTS:
@@ -134,6 +145,16 @@ def make_job(spec: WorkerSpec, n: int, *items: str, attempt: int = 1) -> Job:
     return Job(f"trial:{n}/search", attempt, recipe.to_dict(), items or WORDS)
 
 
+BATCHES = (("words", ("alpha", "bravo")), ("words", ("carol",)), ("words", ("delta", "eager", "fable")))
+
+
+def make_gradient_job(spec: WorkerSpec, n: int, *, free: bool, batches: Sequence[Any] = BATCHES) -> Job:
+    """The recipe of job ``n`` and gradients of the entropy of the next letter, for each batch of words."""
+    wanted = {"loss": "entropy", "over": "answers", "learn": True, "free": free, "experts": {"words": 0}}
+    listed = [[task, list(words)] for task, words in batches]
+    return dataclasses.replace(make_job(spec, n), key=f"gradient:{n}", gradient={**wanted, "batches": listed})
+
+
 def _source(source: Mapping[str, str]) -> Source:
     return Source(source["name"], source["path"], source["sha256"])
 
@@ -201,11 +222,15 @@ class PoolContract:
             (Path(spec.folder) / name).unlink(missing_ok=True)
 
     @pytest.fixture(scope="class")
-    def reference(self, spec: WorkerSpec) -> Callable[[Job], tuple[Outcome, ...] | None]:
-        """What a Worker in this process gives for a job."""
+    def worker(self, spec: WorkerSpec) -> Any:
+        """A Worker in this process."""
         from evomerge.worker import Worker
 
-        worker = Worker(spec)
+        return Worker(spec)
+
+    @pytest.fixture(scope="class")
+    def reference(self, worker: Any) -> Callable[[Job], tuple[Outcome, ...] | None]:
+        """What that gives for a job."""
         return lambda job: worker.evaluate(job).outcomes
 
     @pytest.fixture
@@ -243,6 +268,24 @@ class PoolContract:
             (result,) = collect(pool, 1)
             results[n].append(result.outcomes)
         assert all(a is not None and a == b for a, b in results.values())
+
+    @pytest.mark.parametrize("free", [False, True])
+    def test_gradients_are_those_of_a_worker_in_this_process_bit_for_bit(self, pool, spec, worker, works, free):
+        """Of a batch, whatever other batches come with it: so they may be split over any number of workers."""
+        for n in range(2):
+            expected = worker.evaluate(make_gradient_job(spec, n, free=free)).gradients
+            assert [one.task for one in expected] == [task for task, _ in BATCHES]
+            assert all(any(one.gradient) for one in expected)
+            shares = [BATCHES, BATCHES[:1], BATCHES[1:]]
+            found = []
+            for share in shares:
+                job = make_gradient_job(spec, n, free=free, batches=share)
+                pool.submit(job)
+                (result,) = collect(pool, 1)
+                assert (result.key, result.outcomes, result.failure) == (job.key, None, None)
+                found.append(result.gradients)
+            assert found == [expected, expected[:1], expected[1:]]
+        works()
 
     @pytest.mark.parametrize(
         ("item", "kind", "reason"),
