@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
 from evomerge.evaluation import Evaluator, Predictions, Target
-from evomerge.gradients import CoefficientGradients
+from evomerge.learned_gradients import LearnedGradients, lend
 from evomerge.losses import Loss, find
 from evomerge.merging import Merger
 from evomerge.pools import BatchGradient
@@ -51,7 +52,7 @@ class BatchLosses:
         self.folder, self.kept_bytes = folder, kept_bytes
         self._losses: dict[str, Loss] = {}
         self._kept: OrderedDict[tuple[Any, ...], Predictions] = OrderedDict()  # the one used last is the last
-        self._gradients: dict[bool, CoefficientGradients] = {}
+        self._gradients: dict[bool, LearnedGradients] = {}
 
     def of(self, recipe: Recipe, wanted: Mapping[str, Any]) -> tuple[BatchGradient, ...]:
         """One loss (and gradient) for each of ``wanted["batches"]``, in order.
@@ -64,6 +65,9 @@ class BatchLosses:
         """
         loss = self._loss(wanted["loss"])
         coefficients = self._coefficients(bool(wanted["free"]))
+        numbers = wanted.get("learned")
+        if numbers is not None:
+            lend(self.merger, recipe, numbers)
         ask = {"over": wanted["over"], "labels": loss.labels, "hidden": loss.hidden}
         experts = self._experts(recipe, coefficients, wanted, ask) if loss.teacher else {}
         coefficients.into(recipe)
@@ -72,9 +76,12 @@ class BatchLosses:
             found = coefficients.each(values, recipe, self.seeded)
         else:
             found = [(self._without_gradient(value), None) for value in values]
+        learned = np.zeros((len(values), 0))
+        if numbers is not None and wanted["learn"]:
+            learned = coefficients.by_numbers(numbers["tensors"])
         return tuple(
-            _checked(task, number, gradient)
-            for (task, _), (number, gradient) in zip(wanted["batches"], found, strict=True)
+            _checked(task, number, gradient, own)
+            for (task, _), (number, gradient), own in zip(wanted["batches"], found, learned, strict=True)
         )
 
     def _loss(self, name: str) -> Loss:
@@ -82,9 +89,9 @@ class BatchLosses:
             self._losses[name] = find(name, self.folder).loss
         return self._losses[name]
 
-    def _coefficients(self, free: bool) -> CoefficientGradients:
+    def _coefficients(self, free: bool) -> LearnedGradients:
         if free not in self._gradients:
-            self._gradients[free] = CoefficientGradients(self.merger, self.target.model, free=free)
+            self._gradients[free] = LearnedGradients(self.merger, self.target.model, free=free)
         return self._gradients[free]
 
     def _value(
@@ -103,7 +110,7 @@ class BatchLosses:
             return float(value())
 
     def _experts(
-        self, recipe: Recipe, coefficients: CoefficientGradients, wanted: Mapping[str, Any], ask: Mapping[str, Any]
+        self, recipe: Recipe, coefficients: LearnedGradients, wanted: Mapping[str, Any], ask: Mapping[str, Any]
     ) -> dict[str, dict[str, Predictions]]:
         """Task -> item -> what the task's own expert predicts on the item alone; on the CPU."""
         found: dict[str, dict[str, Predictions]] = {}
@@ -123,14 +130,14 @@ class BatchLosses:
         return found
 
 
-def _checked(task: str, loss: float, gradient: Tensor | None) -> BatchGradient:
-    """``gradient``: (experts, groups), if one was asked for."""
+def _checked(task: str, loss: float, gradient: Tensor | None, learned: np.ndarray) -> BatchGradient:
+    """``gradient``: (experts, groups), if one was asked for; ``learned``: (size,), by numbers inside task vectors."""
     flat = () if gradient is None else tuple(gradient.T.reshape(-1).tolist())
     if not math.isfinite(loss):
         raise CandidateError("nan", f"task {task}: the loss is {loss}")
-    if not all(map(math.isfinite, flat)):
+    if not all(map(math.isfinite, flat)) or not np.isfinite(learned).all():
         raise CandidateError("nan", f"task {task}: the gradient is not finite")
-    return BatchGradient(task, loss, flat)
+    return BatchGradient(task, loss, flat, learned.tobytes())
 
 
 def _alone(recipe: Recipe, t: int) -> Recipe:

@@ -23,7 +23,7 @@ from evomerge.checkpoints import map_tensor
 from evomerge.errors import CheckpointError, MethodError
 from evomerge.folders import inside, some
 from evomerge.hashing import HashCache, cache_folder, content_hash
-from evomerge.methods.statistics import STATISTICS, how_to_collect
+from evomerge.methods.statistics import LEARNED, STATISTICS, how_to_collect
 from evomerge.recipe import Collected
 from evomerge.safetensor_files import read_header
 
@@ -59,10 +59,10 @@ def open_collected(collected: Collected, kind: str, recipe: Recipe) -> list[Tens
     """
     files = _files(collected, kind, recipe)
     recorded = collected.sha256.get(kind)
-    if recorded and recorded != _hash(files):
+    if recorded and recorded != hash_of_files(files):
         raise CheckpointError(
-            f"the statistics ({kind}) in {collected.path} have the hash {_hash(files)}, but the recipe was made with "
-            f"{recorded}",
+            f"the statistics ({kind}) in {collected.path} have the hash {hash_of_files(files)}, but the recipe was "
+            f"made with {recorded}",
             remedy="Restore the folder, or take the sha256 out of the recipe to merge by what is there now.",
         )
     return [TensorFile(path) for path, _ in files]
@@ -84,7 +84,7 @@ def verify_collected(collected: Collected, kinds: Sequence[str], recipe: Recipe)
                     f"{path} is not what {MANIFEST} beside it says",
                     remedy="It is damaged, or was changed: remove it and collect again.",
                 )
-        hashes[kind] = _hash(files)
+        hashes[kind] = hash_of_files(files)
     kept.save()
     return replace(collected, sha256=hashes)
 
@@ -115,7 +115,7 @@ def _files(collected: Collected, kind: str, recipe: Recipe) -> list[tuple[Path, 
     folder = Path(collected.path)
     data = read_manifest(folder)
     try:
-        kinds = {k: entry for k, entry in data["kinds"].items() if k in STATISTICS}
+        kinds = {k: entry for k, entry in data["kinds"].items() if k in (*STATISTICS, *LEARNED)}
         if kind not in kinds:
             raise CheckpointError(
                 f"{folder} holds no statistics of the kind {kind}, but {', '.join(kinds) or 'none'}",
@@ -162,7 +162,8 @@ def _content(source: Source) -> str:
     return source.sha256 or (content_hash(source.path) if source.recipe is None else source.recipe.hash)
 
 
-def _hash(files: Sequence[tuple[Path, str]]) -> str:
+def hash_of_files(files: Sequence[tuple[Path, str]]) -> str:
+    """What a recipe records of the statistics of one kind: of (file, its SHA-256) of each expert."""
     return hashlib.sha256("\n".join(sha256 for _, sha256 in files).encode()).hexdigest()
 
 

@@ -107,7 +107,7 @@ class CoefficientGradients:
         held = self._held(plan, group_of)
         parameters = _by_parameter(held)
         products = np.zeros((len(losses), len(held), len(recipe.experts)))
-        table = _Products(self.merger, plan, list(held))
+        table = self._table(plan, list(held), len(losses))
         at_once = max(1, min(AT_ONCE, KEPT_BYTES // max(1, sum(p.nbytes for p, _ in parameters))))
         values: list[float] = []
         waiting: list[dict[str, Tensor]] = []  # gradients of the last losses
@@ -123,7 +123,9 @@ class CoefficientGradients:
         with _requiring(self.model, [parameter for parameter, _ in parameters]), torch.enable_grad():
             handles = []
             if self.free:
-                hook = torch.no_grad()(lambda p, names: table.add([take(p, names)], products[len(values), None]))
+                hook = torch.no_grad()(
+                    lambda p, names: table.add([take(p, names)], products[len(values), None], len(values))
+                )
                 handles = [
                     parameter.register_post_accumulate_grad_hook(lambda p, names=names: hook(p, names))
                     for parameter, names in parameters
@@ -135,7 +137,8 @@ class CoefficientGradients:
                     with torch.no_grad():
                         waiting.append({n: part for p, names in parameters for n, part in take(p, names).items()})
                         if len(waiting) == at_once or number == len(losses):
-                            table.add(waiting, products[number - len(waiting) : number])
+                            first = number - len(waiting)
+                            table.add(waiting, products[first:number], first)
                             waiting.clear()
                     values.append(value)
             finally:
@@ -143,6 +146,10 @@ class CoefficientGradients:
                     handle.remove()
         groups = [group_of[name] for name in held]
         return [(value, _by_group(found, groups, recipe)) for value, found in zip(values, products, strict=True)]
+
+    def _table(self, plan: MergePlan, names: Sequence[str], count: int) -> Products:
+        """What takes the inner products of the gradients of ``count`` losses."""
+        return Products(self.merger, plan, names)
 
     @staticmethod
     def _backward(loss: Loss, moves: bool) -> float:
@@ -188,7 +195,7 @@ class CoefficientGradients:
             )
 
 
-class _Products:
+class Products:
     """Inner products of gradients with what a plan's weights multiply.
 
     Args:
@@ -200,12 +207,13 @@ class _Products:
         self._number = {name: number for number, name in enumerate(names)}
         self._scales: dict[str, Sequence[float] | None] = {}
 
-    def add(self, gradients: Sequence[Mapping[str, Tensor]], out: Numbers) -> None:
+    def add(self, gradients: Sequence[Mapping[str, Tensor]], out: Numbers, start: int) -> None:
         """out[b, n] += (T,) <gradient, v_t> of each gradient b and tensor n that it has.
 
         Args:
             gradients: B sets by the name of the tensor, each in its shape with any strides.
             out: (B, N, T) float64.
+            start: the number of the loss that the first set is of; the others are of those after it.
         """
         at_once: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, Place]]] = {}
         for name in dict.fromkeys(name for one in gradients for name in one):

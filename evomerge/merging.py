@@ -39,7 +39,7 @@ from evomerge.methods.lookup import method_of
 from evomerge.parts import check_parts
 from evomerge.placement import Placement, place, refuse_offloaded
 from evomerge.progress import Progress
-from evomerge.recipe import DTYPES, Group, Recipe, Source
+from evomerge.recipe import DTYPES, Collected, Group, Recipe, Source
 from evomerge.safetensor_files import ShardWriter
 from evomerge.task_vectors import Place, TaskVectors, merge
 
@@ -162,6 +162,7 @@ class Merger:
         # method -> (what was fixed, its tensors, the statistics, its state)
         self._states: dict[Method, tuple[dict[str, Any], set[str], Sequence[Any] | None, Any]] = {}
         self._statistics: dict[str, Sequence[Any]] = {}  # of experts, by where they are
+        self._lent: tuple[str, Sequence[Any]] | None = None  # the same of those that are no files
         self.task_vectors = TaskVectors(sources)
         self._residents: weakref.WeakKeyDictionary[Any, _Resident] = weakref.WeakKeyDictionary()
 
@@ -265,10 +266,16 @@ class Merger:
         kind = method.statistics
         if kind is None:
             return None
-        place = json.dumps([kind, recipe.statistics and recipe.statistics.to_dict()])
+        place = _place(kind, recipe.statistics)
+        if self._lent is not None and self._lent[0] == place:
+            return self._lent[1]
         if place not in self._statistics:
             self._statistics[place] = statistics_for(recipe, kind, method.name)
         return self._statistics[place]
+
+    def lend(self, kind: str, collected: Collected, statistics: Sequence[Any]) -> None:
+        """From now on, until others are lent, recipes that name ``collected`` get these: mappings in memory."""
+        self._lent = _place(kind, collected), statistics
 
     def state(self, name: str, part: _Part, seed: int, statistics: Sequence[Any] | None = None) -> Any:
         """What a method prepared for the tensors of ``part`` and those of its parameters that nothing changes.
@@ -288,7 +295,10 @@ class Merger:
         known = self._states.get(method)
         if known is None or known[:2] != (fixed, tensors) or known[2] is not statistics:
             held = self.sources if len(tensors) == len(self.infos) else self.sources.part(tensors)
-            state = method.prepare(held, statistics, **fixed)
+            if known is not None and known[:2] == (fixed, tensors):
+                state = method.renew(known[3], held, statistics, **fixed)
+            else:
+                state = method.prepare(held, statistics, **fixed)
             known = self._states[method] = fixed, tensors, statistics, state
         return known[3]
 
@@ -424,6 +434,11 @@ class Merger:
         whole = torch.empty(self.sources.reference.shape(name), dtype=dtype, device=self.device)
         self._write(plan, name, whole)
         return whole
+
+
+def _place(kind: str, collected: Collected | None) -> str:
+    """What statistics are known by."""
+    return json.dumps([kind, collected and collected.to_dict()])
 
 
 def written_bytes(sources: Sources, export_dtype: str) -> int:

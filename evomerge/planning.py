@@ -24,6 +24,7 @@ from evomerge.losses import find as find_loss
 from evomerge.merging import open_sources, pin_sources, verify_sources, written_bytes
 from evomerge.methods.lookup import find as find_method
 from evomerge.methods.lookup import permit
+from evomerge.methods.statistics import LEARNED, how_to_collect
 from evomerge.objectives import Objective
 from evomerge.parts import check_parts
 from evomerge.plugins import EVALUATOR, Code, code_files, hash_files, names_file
@@ -256,9 +257,11 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
 
 
 def statistics_needed(space: Space, spec: Spec) -> dict[str, str]:
-    """Method -> the kind of statistics that it needs, of those methods of the space that need any."""
+    """Method -> the kind of statistics that it needs, of those methods of the space that need any, and whose are not
+    what the search learns."""
+    learns = getattr(find_searcher(spec.search.method, spec.folder).searcher, "learns", None)
     kinds = {name: find_method(name, spec.code_folder).method.statistics for name in space.all_methods}
-    return {name: kind for name, kind in kinds.items() if kind is not None}
+    return {name: kind for name, kind in kinds.items() if kind is not None and kind != learns}
 
 
 def require_statistics(space: Space, spec: Spec) -> None:
@@ -271,7 +274,9 @@ def require_statistics(space: Space, spec: Spec) -> None:
             raise SpecError(
                 f"{problem}: method {method} needs statistics of the experts ({kind})",
                 where=where,
-                remedy=f"Run `evomerge collect {typed} --what {kind}`"
+                remedy=how_to_collect(kind)
+                if kind in LEARNED
+                else f"Run `evomerge collect {typed} --what {kind}`"
                 + (", and name its folder as `statistics`." if folder is None else "."),
             )
 

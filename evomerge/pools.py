@@ -68,7 +68,9 @@ class Job:
 
     ``gradient`` asks for losses and their gradients by the recipe's weights instead: loss (its name), over (see
     ``Evaluator.predictions``), batches (a list of [task, item ids]), learn (False: losses only), free (see
-    ``CoefficientGradients``), experts (task -> place of its own expert, for losses that look at it).
+    ``CoefficientGradients``), experts (task -> place of its own expert, for losses that look at it). Where the recipe
+    is merged by numbers that no file holds, ``learned`` has them: kind (of the statistics that they are) and tensors,
+    for each expert tensor name -> float64 array; their gradient is then wanted, too.
     """
 
     key: str
@@ -91,12 +93,14 @@ class Failure:
 class BatchGradient:
     """The loss on one batch of a task's items, and its gradient by the weights of the recipe.
 
-    ``gradient``: (groups * experts,), group by group; empty if only the loss was asked for.
+    ``gradient``: (groups * experts,), group by group; empty if only the loss was asked for. ``learned``: float64
+    numbers one after the other, the gradient by those that came with the job.
     """
 
     task: str
     loss: float
     gradient: tuple[float, ...] = ()
+    learned: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,8 @@ class SearchSpec(_Open):
     model_config = ConfigDict(title="search")
 
     method: str = Field(
-        description="the searcher: cma, tpe, gp, nsga2, coordinate, soup, random, sobol, grid, adamerging, hybrid, "
-        "or your own file.py@name"
+        description="the searcher: cma, tpe, gp, nsga2, coordinate, soup, random, sobol, grid, adamerging, adarank, "
+        "columns, hybrid, or your own file.py@name"
     )
     budget: int = Field(default=60, ge=1, description="how many candidates to evaluate; controls are not counted")
     time: Annotated[str | None, BeforeValidator(_check_time)] = Field(

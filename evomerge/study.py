@@ -168,7 +168,7 @@ class Study:
             point = self.searcher.ask(n) if self.training is None else self.training.ask(n)
         except Interrupted:
             return None  # what runs beside it may end; the loop sees the stop
-        recipe = self.plan.space.decode(point)
+        recipe = self.plan.space.decode(point) if self.training is None else self.training.recipe(point)
         if self.asynchronous:
             self.store.log_event("ask", n)
         self.store.add_trial(n, point, recipe.to_dict(), recipe.hash)

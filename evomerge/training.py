@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from evomerge.descent import hold_out
 from evomerge.dimensions import Point
@@ -20,12 +23,15 @@ from evomerge.validation import at
 
 if TYPE_CHECKING:
     from evomerge.evaluation import Evaluator
+    from evomerge.learned import Layout, LearnedFiles
     from evomerge.planning import Plan
+    from evomerge.recipe import Recipe
     from evomerge.running import Runner
     from evomerge.space import Space
     from evomerge.spec import Spec
     from evomerge.store import Store, TrainingRecord
 
+ARRAYS = "arrays"  # in a stored state: the hash of the file that has them
 SAVE_SECONDS = 30.0  # of training that a driver which dies may lose
 
 
@@ -51,6 +57,7 @@ def check_gradients(searcher: GradientSearcher, spec: Spec, space: Space, evalua
         EvaluatorError: an evaluator, or one of its tasks, that does not predict what the loss is made of.
     """
     from evomerge.gradients import require_gradients
+    from evomerge.learned import check_learned
     from evomerge.losses import find
 
     where = str(spec.path or "experiment")
@@ -60,6 +67,7 @@ def check_gradients(searcher: GradientSearcher, spec: Spec, space: Space, evalua
     except SpecError as error:
         place = at(where, "search.loss") + (f": {error.where}" if error.where else "")
         raise SpecError(error.problem, where=place, remedy=error.remedy) from error
+    check_learned(searcher, spec, space)
     try:
         require_gradients(space.decode(space.initial()))
     except MethodError as error:
@@ -136,13 +144,46 @@ class Training:
         self._n, self._saved = 0, time.monotonic()
         self._stage: Stage | None = None
         searcher.oracle = self
+        self._layout: Layout | None = None
+        if searcher.learns is not None:
+            self._lay_out(searcher.learns)
+
+    def _lay_out(self, kind: str) -> None:
+        """Find out which numbers there are to learn; SpecError if there are none."""
+        from evomerge.learned import layout_of
+
+        self._layout = layout_of(kind, self.plan.sources, self.plan.space.decode(self.plan.space.initial()))
+        if not self._layout.size:
+            raise SpecError(
+                f"searcher {self.searcher.name} has nothing to learn: no expert changes a matrix that its method takes",
+                where=self.plan.spec.space_where,
+                remedy="Set params.matrices: all, or search.method: adamerging, which learns weights alone.",
+            )
+        self.searcher.lay_out(self._layout)
+
+    @cached_property
+    def _files(self) -> LearnedFiles:
+        from evomerge.learned import LearnedFiles
+
+        created = float(self.store.record.get("created", 0.0))
+        return LearnedFiles(self.plan.spec.folder, f"{self.plan.spec.name}-{created:.6f}")
 
     def restore(self) -> None:
         """Take up the training where the store says it was."""
         kept = self.store.trainings()
         if kept:
+            state = dict(kept[-1].state)
+            if (file := state.pop(ARRAYS, None)) is not None:
+                state |= self._files.training_at(file)
             self.searcher.restored = kept[-1].n
-            self.searcher.restore(kept[-1].state, kept[-1].curve)
+            self.searcher.restore(state, kept[-1].curve)
+
+    def recipe(self, point: Point) -> Recipe:
+        """What the searcher, which has just proposed ``point``, wants to be evaluated."""
+        recipe = self.plan.space.decode(point)
+        if self._layout is None:
+            return recipe
+        return self._files.named(self._layout, self.searcher.numbers(), recipe)
 
     def ask(self, n: int) -> Point:
         """Train until the searcher can propose trial ``n``; what led there is stored, also if it does not get there."""
@@ -158,17 +199,35 @@ class Training:
         return point
 
     def gradients(
-        self, step: int, point: Point, batches: Sequence[tuple[str, Sequence[str]]], *, learn: bool = True
+        self,
+        step: int,
+        point: Point,
+        batches: Sequence[tuple[str, Sequence[str]]],
+        *,
+        learn: bool = True,
+        numbers: np.ndarray | None = None,
     ) -> list[BatchGradient]:
         """See ``Oracle``."""
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save()
         self._show()
-        return self.runner.gradients(step, self.plan.space.decode(point), batches, {**self._options, "learn": learn})
+        recipe, options = self.plan.space.decode(point), {**self._options, "learn": learn}
+        if numbers is not None:
+            from evomerge.learned import in_job
+
+            assert self._layout is not None
+            recipe, options["learned"] = in_job(self._layout, numbers, recipe)
+        return self.runner.gradients(step, recipe, batches, options)
 
     def _save(self) -> None:
         state = {**self.searcher.state(), "trains_on": self.searcher.trains_on}
+        arrays = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
+        if arrays:  # the file before the store names it, the one before it when the store does no longer
+            file = self._files.keep_training(arrays)
+            state = {key: value for key, value in state.items() if key not in arrays} | {ARRAYS: file}
         self.store.save_training(self._n, state, self.searcher.curve)
+        if arrays:
+            self._files.forget_trainings(state[ARRAYS])
         self._saved = time.monotonic()
 
     def _show(self) -> None:
@@ -194,9 +253,11 @@ def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
     last = states[-1]
     options = last.get("options", {})
     step = last.get("descent", {}).get("step", 0)
-    text = "The coefficients were learned by gradient"
+    named = {"columns": "coefficients of output columns", "components": "masks over singular components"}
+    what = named.get(str(last.get("learns")), "coefficients")
+    text = f"The {what} were learned by gradient"
     if "descent" in last:
-        text = f"The coefficients were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
+        text = f"The {what} were learned in {step} of {options.get('steps')} steps on {options.get('loss')}"
     if last.get("failure"):
         text += f", where the training failed ({last['failure']})"
     if (refined := last.get("refined")) is not None:

@@ -24,6 +24,7 @@ from evomerge.methods.depth import Lines
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.fusion import ArceeFusion
 from evomerge.methods.knots import Knots
+from evomerge.methods.learned import AdaRank, Columns
 from evomerge.methods.lorahub import LoraHub
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
 from evomerge.methods.optimised import WUDI
@@ -72,6 +73,8 @@ _ALL: tuple[Method, ...] = (
     RegMean(),
     RegMeanPP(),
     LmCocktail(),
+    AdaRank(),
+    Columns(),
 )
 # What LiNeS can scale: the merged task vector of any method that adds one to a base.
 _ALL += (

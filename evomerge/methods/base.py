@@ -88,7 +88,7 @@ class Method(ABC):
         sums_task_vectors: of dense experts ``combine`` is ``arithmetic.sum_task_vectors`` by ``task_coefficients``, so
             that many tensors can be merged in one call.
         statistics: the kind of data about the experts that ``prepare`` must be given (``methods.statistics``): fisher,
-            gram, gram_merged or loss; None for a method that merges without any.
+            gram, gram_merged, loss, columns or components; None for a method that merges without any.
         affine_remedy: what to do where a merge must be affine in its weights, and with some parameters it is not.
     """
 
@@ -246,6 +246,13 @@ class Method(ABC):
                 looked up (from memory-mapped files), so that state may hold the mappings themselves.
         """
         return None
+
+    def renew(self, state: State, sources: SourceIterable, statistics: Any, **fixed: Any) -> State | None:
+        """As ``prepare``, where it was called before with the same sources and parameters and gave ``state``.
+
+        For methods whose statistics change from candidate to candidate: what does not depend on them may be kept.
+        """
+        return self.prepare(sources, statistics, **fixed)
 
     def merge(
         self,

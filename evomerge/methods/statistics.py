@@ -1,10 +1,18 @@
-"""What methods that are weighted by data are given: one mapping an expert, of one of four kinds.
+"""What methods that are weighted by data, or by what a search has learned, are given: one mapping an expert.
+
+``evomerge collect`` measures the kinds of STATISTICS:
 
 fisher: tensor name -> mean squared gradients, of the tensor's shape.
 gram:   tensor name -> X'X / rows of the linear layer's inputs X (rows, in): (in, in). Only weights of linear layers.
 gram_merged: the same, with the inputs that the layer gets from the layers before it as they have been merged; and
         "rho", the parameter that those were merged with, a scalar.
 loss:   task name -> the expert's mean loss on that task's examples, a scalar.
+
+A search by gradient learns those of LEARNED, of the tensors that its method takes:
+
+columns:    tensor name -> what multiplies each output column of the task vector, that is each row of the stored matrix
+            (out, in): (out,).
+components: tensor name -> what multiplies each singular component of the task vector, from the largest on: (rank,).
 """
 
 from __future__ import annotations
@@ -21,12 +29,20 @@ if TYPE_CHECKING:
     from evomerge.methods.base import Method
 
 STATISTICS = ("fisher", "gram", "gram_merged", "loss")
+LEARNED = ("columns", "components")
 
 Statistics = Sequence[Mapping[str, Tensor]]
+
+_LEARNERS = {"columns": ("columns",), "components": ("adarank",)}  # the searchers
 
 
 def how_to_collect(kind: str, experiment: str = "EXPERIMENT") -> str:
     """The remedy where statistics are missing."""
+    if kind in LEARNED:
+        return (
+            f"They are learned: search by the searcher that does ({', '.join(_LEARNERS[kind])}), or name a folder that "
+            "such a search has left as `statistics` (statistics=[...] in Python)."
+        )
     return (
         f"Collect them with `evomerge collect {experiment} --what {kind} --out statistics`, and say "
         "`statistics: statistics` in the experiment file or recipe (statistics=[...] in Python)."
@@ -64,8 +80,13 @@ def example_statistics(
             layers = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2 and 0 < shape[1] <= 4096}
             rows = {name: torch.randn(2 * width + 1, width, generator=generator) for name, width in layers.items()}
             made.append({name: x.T @ x / len(x) for name, x in rows.items()})
+        elif kind in LEARNED:
+            matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+            sizes = {name: shape[0] if kind == "columns" else min(shape) for name, shape in matrices.items()}
+            uniform = {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+            made.append({name: u.round() if kind == "components" else 2 * u for name, u in uniform.items()})
         elif kind == "loss":
             made.append({task: torch.rand((), generator=generator) for task in ("one", "two")})
         else:
-            raise MethodError(f"statistics are of the kinds {', '.join(STATISTICS)}, not {kind!r}")
+            raise MethodError(f"statistics are of the kinds {', '.join((*STATISTICS, *LEARNED))}, not {kind!r}")
     return made

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import SpecError, nearest
 from evomerge.searchers.adamerging import AdaMergingSearcher
+from evomerge.searchers.adarank import AdaRankSearcher
 from evomerge.searchers.base import Point, Searcher, Told
 from evomerge.searchers.cma import CMASearcher
+from evomerge.searchers.columns import ColumnsSearcher
 from evomerge.searchers.coordinate import CoordinateSearcher
 from evomerge.searchers.gp import GPSearcher
 from evomerge.searchers.grid import GridSearcher
@@ -38,6 +40,8 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
         GridSearcher,
         AdaMergingSearcher,
         HybridSearcher,
+        AdaRankSearcher,
+        ColumnsSearcher,
     )
 }
 

@@ -192,7 +192,7 @@ class AdaMergingSearcher(GradientSearcher):
     # --- a step
 
     def _point(self) -> Point:
-        return self.named(self._descent.values(self._state))
+        return self.named(self._descent.values(self._state)[: len(self._names)])  # a subclass may learn more
 
     def _step(self, path: descent.Descent, state: descent.State, first: int = 0) -> descent.State:
         """One step of ``path``, which began after ``first`` steps of this training; it has its row in the curve."""

@@ -16,6 +16,7 @@ from evomerge.objectives import Merit, merit, violation
 from evomerge.params import Param
 
 if TYPE_CHECKING:
+    from evomerge.learned import Layout
     from evomerge.pools import BatchGradient
     from evomerge.space import Space
 
@@ -118,13 +119,20 @@ class Oracle(Protocol):
         ...
 
     def gradients(
-        self, step: int, point: Point, batches: Sequence[tuple[str, Sequence[str]]], *, learn: bool = True
+        self,
+        step: int,
+        point: Point,
+        batches: Sequence[tuple[str, Sequence[str]]],
+        *,
+        learn: bool = True,
+        numbers: np.ndarray | None = None,
     ) -> Sequence[BatchGradient]:
         """The loss of each batch, (task, items), at ``point``, and its gradient, in the order of the batches.
 
         Args:
             step: names the place in the training, for messages.
             learn: False: the losses are enough.
+            numbers: what the merge is learned by inside its task vectors, of a searcher that ``learns`` any.
 
         Raises:
             CandidateError: of kind nan, if a loss or a gradient is not finite.
@@ -218,11 +226,15 @@ class GradientSearcher(Searcher):
     It moves weights only. The study sets ``oracle`` before it asks, stores ``state()`` and ``curve`` while ``ask``
     trains and before it stores the trial, and gives the last of them to ``restore`` on a resume.
 
+    One that ``learns`` numbers inside task vectors, too many for a point, is told which there are (``lay_out``) before
+    anything else, and says what they are in the candidate that it proposed last (``numbers``).
+
     Raises:
         SpecError: as Searcher; or the space has dimensions that are no weights, which are named.
     """
 
     asynchronous = False
+    learns: ClassVar[str | None] = None  # the kind of the numbers, among methods.statistics.LEARNED
     oracle: Oracle | None = None  # there from the study's first ask on
     curve: list[dict[str, Any]]  # a row a step since the last proposal: step, loss, tasks, gradient
     trains_on: Literal["search", "test"] = "search"  # test: without labels
@@ -254,9 +266,18 @@ class GradientSearcher(Searcher):
     def loss_options(self) -> dict[str, Any]:
         """What a worker must know of the loss: its name, ``over``, and whether gradients are freed at once."""
 
+    def lay_out(self, layout: Layout) -> None:
+        """Begin with the numbers that there are to learn."""
+        raise NotImplementedError(f"searcher {self.name} learns no numbers inside task vectors")
+
+    def numbers(self) -> np.ndarray:
+        """(size,) those of the last proposal, in the order of the layout."""
+        raise NotImplementedError(f"searcher {self.name} learns no numbers inside task vectors")
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All that the training rests on, as plain data that JSON keeps bit for bit."""
+        """All that the training rests on, as plain data that JSON keeps bit for bit; and arrays, at its top level only,
+        which the study keeps in files."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
@@ -289,6 +310,8 @@ class GradientSearcher(Searcher):
     ) -> tuple[float, np.ndarray, dict[str, float]]:
         """(loss, its gradient (dims,), task -> loss) at ``values`` (dims,) on ``items`` of each task.
 
+        For a searcher that ``learns`` numbers, these follow the values of the dimensions, here and in the gradient.
+
         The loss is the mean over tasks by their weights, of the mean over a task's items; the weights of regions have
         the gradients of the dimensions that they are. Bit for bit the same from any number of workers.
 
@@ -304,11 +327,16 @@ class GradientSearcher(Searcher):
 
         assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
         batches = [(task, piece) for task, ids in items.items() for piece in descent.pieces(ids, self.oracle.piece)]
-        found = self.oracle.gradients(step, self.named(values), batches, learn=learn)
+        dims = len(values) if self.learns is None else len(self.space.dimensions)
+        more = {} if self.learns is None else {"numbers": values[dims:]}
+        found = self.oracle.gradients(step, self.named(values[:dims]), batches, learn=learn, **more)
         chain, by_task, shares, parts = descent.Chain(self.space), dict.fromkeys(items, 0.0), [], []
         for one, (task, piece) in zip(found, batches, strict=True):
             share = len(piece) / len(items[task])
             by_task[task] += one.loss * share
             shares.append(self.oracle.weights[task] * share)
-            parts.append((one.loss, chain.to_dimensions(one.gradient) if learn else np.zeros(len(values))))
+            slope = chain.to_dimensions(one.gradient) if learn else np.zeros(len(values))
+            if learn and self.learns is not None:
+                slope = np.concatenate([slope, np.frombuffer(one.learned)])
+            parts.append((one.loss, slope))
         return *descent.mean(parts, shares), by_task

@@ -234,8 +234,11 @@ class MethodContract:
         ]
         experts = [low_rank[0], tuned, base, *low_rank[1:]]
         dense = [base + e.scaling * e.B @ e.A if isinstance(e, LowRank) else e for e in experts]
-        options: dict[str, Any] = {"weights": [0.3, -0.4, 1.0, 0.7, 0.0], "info": TensorInfo("w", shape=shape)}
+        info = TensorInfo("layer.weight", shape=shape)
+        options: dict[str, Any] = {"weights": [0.3, -0.4, 1.0, 0.7, 0.0], "info": info}
         for params in self.all_settings():
+            if self.method.statistics is not None:  # without any there is nothing to merge by
+                options["state"] = self.prepare(info, base, dense, **params)
             expected = self.method.merge(base, dense, **options, **params)
             merged = self.method.merge(base, experts, **options, **params)
             torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
@@ -247,7 +250,7 @@ class MethodContract:
             flat = torch.cat([piece for _, piece in pieces])
             torch.testing.assert_close(flat, expected.reshape(-1), rtol=1e-12, atol=1e-12)
             if self.method.is_linear(**params):
-                found = self.method.directions(base, experts, info=options["info"], **params)
+                found = self.method.directions(base, experts, info=info, state=options.get("state"), **params)
                 vectors = {t: v.scaling * v.B @ v.A if isinstance(v, LowRank) else v for t, v in found}
                 summed = base + sum(options["weights"][t] * v for t, v in vectors.items())
                 torch.testing.assert_close(summed, expected, rtol=1e-12, atol=1e-12)

@@ -229,6 +229,16 @@ class TestLmCocktail(MethodContract):
     zero_weights_give_base = False
 
 
+class TestAdaRank(MethodContract):
+    method = METHODS["adarank"]
+    settings = ({"matrices": "all"},)
+
+
+class TestColumns(MethodContract):
+    method = METHODS["columns"]
+    settings = ({"matrices": "all"},)
+
+
 class TestLines(MethodContract):
     method = METHODS["lines"]
     settings = (

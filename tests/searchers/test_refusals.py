@@ -47,7 +47,7 @@ REFUSED = {
         "fixed and tied weights": "fixed",
     },
 }
-REFUSED["adamerging"] = REFUSED["hybrid"] = {
+REFUSED["adamerging"] = REFUSED["hybrid"] = REFUSED["adarank"] = REFUSED["columns"] = {
     "a parameter": "density",
     "a choice": "mode",
     "a truth value": "normalize",

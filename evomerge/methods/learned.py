@@ -1,0 +1,337 @@
+"""Task arithmetic with numbers inside the task vectors, as many as a search by gradient can learn.
+
+The numbers of a merge (what multiplies each output column, or each singular component) come to a method as statistics
+do: a mapping an expert, of tensors that a recipe names by their hash. All merges here are affine in them, so that the
+gradient of a loss by them is a contraction of its gradient by the merged tensor (``contract``).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import MethodError
+from evomerge.methods import masks
+from evomerge.methods.arithmetic import TASK_WEIGHT, add_low_rank, add_to_base, weighted_sum
+from evomerge.methods.base import (
+    LowRank,
+    Method,
+    SourceIterable,
+    State,
+    TensorInfo,
+    arithmetic_dtype,
+    check_params,
+    require_affine,
+)
+from evomerge.methods.basic import TaskArithmetic
+from evomerge.methods.decompositions import SVD, svd
+from evomerge.methods.matrices import INNER
+from evomerge.methods.statistics import Statistics
+from evomerge.methods.symmetric import rows_of_block
+from evomerge.methods.weighted import missing_statistics
+from evomerge.params import Param
+
+MATRICES = Param(
+    str,
+    "inner",
+    "which matrices have learned numbers: all of them, or the inner ones, those of attention and mlp; the other "
+    "tensors are merged as by task_arithmetic",
+    choices=("all", "inner"),
+)
+
+
+@dataclass
+class Kept:
+    """Decompositions of task vectors by tensor and expert, as many as there is room for."""
+
+    by_place: dict[tuple[str, int], SVD] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def add(self, name: str, t: int, triples: SVD) -> None:
+        size = sum(part.nbytes for part in triples)
+        if self.num_bytes + size <= masks.MOST_BYTES:
+            self.by_place[name, t] = triples
+            self.num_bytes += size
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The learned numbers of T experts, and what their method keeps from one set of them to the next."""
+
+    of: Statistics
+    kept: Kept | None = None
+
+
+class LearnedMethod(Method):
+    """theta_0 + sum_t w_t f_t, with f_t the task vector of expert t as its numbers change it: affine in them.
+
+    Tensors that ``takes`` leaves out are merged as task_arithmetic merges them. Needs whole tensors.
+    """
+
+    weight = TASK_WEIGHT
+    factors = True
+    chunked = False
+    params: Mapping[str, Param] = MappingProxyType({"matrices": MATRICES})
+
+    @abstractmethod
+    def count(self, shape: Sequence[int], rank: int | None) -> int:
+        """How many numbers an expert has for a matrix.
+
+        Args:
+            shape: (out, in).
+            rank: of a LoRA expert's factors; None for a dense expert.
+        """
+
+    @abstractmethod
+    def changed(self, tau: Tensor | LowRank, numbers: Tensor, t: int, info: TensorInfo, state: Numbers) -> Any:
+        """f_t: a tensor (tau's memory may be reused) or LowRank. ``numbers``: (count,) in the arithmetic dtype."""
+
+    @abstractmethod
+    def slopes(
+        self, tau: Tensor | LowRank, gradient: Tensor, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
+    ) -> Tensor:
+        """<gradient, d f_t / d number i> for each number: (count,), float64.
+
+        Args:
+            gradient: (out, in).
+            numbers: (count,) in the arithmetic dtype.
+        """
+
+    def takes(self, info: TensorInfo, matrices: str) -> bool:
+        """Has this tensor learned numbers?"""
+        return len(info.shape) == 2 and math.prod(info.shape) > 0 and (matrices == "all" or info.kind in INNER)
+
+    def is_linear(self, **params: Any) -> bool:
+        return True
+
+    def prepare(self, sources: SourceIterable, statistics: Statistics | None = None, **fixed: Any) -> Numbers:
+        if statistics is None:
+            raise missing_statistics(self)
+        return Numbers(statistics)
+
+    def combine(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: Numbers | None,
+        matrices: str,
+        **_: Any,
+    ) -> Tensor:
+        """Raises MethodError without numbers, or with numbers of another shape."""
+        if state is None:
+            raise missing_statistics(self)
+        if not self.takes(info, matrices):
+            return TaskArithmetic().combine(base, experts, weights=weights, dtype=dtype, scale=1.0)
+        low: list[tuple[float, LowRank]] = []
+
+        def dense() -> Iterator[tuple[float, Tensor]]:
+            for t, (weight, expert) in enumerate(zip(weights, experts, strict=True)):
+                if weight == 0 or expert is base:
+                    continue
+                vector = self._vector(base, expert, t, dtype, info, state)
+                if isinstance(vector, LowRank):
+                    low.append((weight, vector))
+                else:
+                    yield weight, vector
+
+        return add_low_rank(add_to_base(base, weighted_sum(dense()), dtype), low)
+
+    def directions(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Any],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor | LowRank]]:
+        """(t, f_t), dense where the expert is."""
+        require_affine(self, params)
+        if state is None or base is None:
+            raise missing_statistics(self)
+        if not self.takes(info, params["matrices"]):
+            yield from TaskArithmetic().directions(base, experts, info=info, scale=1.0)
+            return
+        dtype = arithmetic_dtype(base, *(expert for expert in experts if isinstance(expert, Tensor)))
+        for t, expert in enumerate(experts):
+            if expert is not base:
+                vector = self._vector(base, expert, t, dtype, info, state)
+                if isinstance(vector, LowRank) and isinstance(expert, Tensor):
+                    vector = vector.scaling * vector.B @ vector.A
+                yield t, vector
+
+    def contract(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        gradients: Sequence[Tensor],
+        *,
+        info: TensorInfo,
+        state: Numbers,
+        **params: Any,
+    ) -> Iterator[tuple[int, list[Tensor], list[float]]]:
+        """(t, r_t of each gradient, <gradient, f_t> of each), r_t the gradient by expert t's numbers at weight 1:
+        (count,), float64.
+
+        Of a tensor that ``takes`` agrees to; experts without a task vector are left out.
+
+        Args:
+            gradients: of several losses dL / d merged tensor, of its shape.
+        """
+        values = check_params(self.name, self, params)
+        if not self.takes(info, values["matrices"]):
+            return
+        dtype = arithmetic_dtype(base, *(expert for expert in experts if isinstance(expert, Tensor)))
+        for t, expert in enumerate(experts):
+            if expert is not base:
+                numbers = self._numbers(t, info, state, dtype, base.device)
+                tau = expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
+                slopes = [self.slopes(tau, gradient, numbers, t, info, state) for gradient in gradients]
+                yield t, slopes, [float(slope @ numbers.to(torch.float64)) for slope in slopes]
+
+    def _vector(
+        self, base: Tensor, expert: Any, t: int, dtype: torch.dtype, info: TensorInfo, state: Numbers
+    ) -> Tensor | LowRank:
+        numbers = self._numbers(t, info, state, dtype, base.device)
+        if bool((numbers == 1).all()):
+            return expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
+        tau = expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
+        return self.changed(tau, numbers, t, info, state)
+
+    def _numbers(self, t: int, info: TensorInfo, state: Numbers, dtype: torch.dtype, device: Any) -> Tensor:
+        found = state.of[t].get(info.name)
+        if found is None:
+            raise MethodError(
+                f"expert {t} has no learned numbers ({self.statistics}) for {info.name}",
+                remedy="They are of another search: take the folder that the search for this merge has left.",
+            )
+        most = max(self.count(info.shape, None), 1)
+        if found.dim() != 1 or len(found) > most or (self.statistics == "columns" and len(found) != most):
+            raise MethodError(
+                f"the learned numbers ({self.statistics}) of {info.name} have the shape {tuple(found.shape)}, but the "
+                f"tensor is {tuple(info.shape)}",
+                remedy="They are of another search: take the folder that the search for this merge has left.",
+            )
+        return found.to(device, dtype)
+
+
+def _task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype) -> Tensor:
+    """tau in fresh contiguous memory: the last bits of a product depend on the strides."""
+    return expert.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(base)
+
+
+@final
+class Columns(LearnedMethod):
+    """theta_0 + sum_t w_t diag(c_t) tau_t: a coefficient c_t for each expert and output column of a matrix.
+
+    Matrices are stored (out, in), so that c_t has a number for each of their rows.
+    """
+
+    name = "columns"
+    summary = "task arithmetic with a learned coefficient for each expert and output column"
+    reference = (
+        "Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089, section 2, with lambda for each "
+        "expert and output column; learned as AdaMerging's (Yang et al. 2024, arXiv:2310.02575)"
+    )
+    statistics = "columns"
+
+    def count(self, shape: Sequence[int], rank: int | None) -> int:
+        return shape[0]
+
+    def changed(
+        self, tau: Tensor | LowRank, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
+    ) -> Tensor | LowRank:
+        if isinstance(tau, LowRank):
+            return replace(tau, B=tau.B.to(numbers.dtype) * numbers[:, None])
+        return tau.mul_(numbers[:, None])
+
+    def slopes(
+        self, tau: Tensor | LowRank, gradient: Tensor, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
+    ) -> Tensor:
+        """Row by row the inner product with tau."""
+        wide = torch.float64
+        if isinstance(tau, LowRank):
+            B, A = tau.B.to(wide), tau.A.to(wide)
+            found = [((rows.to(wide) @ A.T) * B[at : at + len(rows)]).sum(1) for at, rows in _blocks(gradient)]
+            return torch.cat(found).mul_(tau.scaling)
+        found = [(rows.to(wide) * tau[at : at + len(rows)].to(wide)).sum(1) for at, rows in _blocks(gradient)]
+        return torch.cat(found)
+
+
+def _blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows): blocks whose copies in float64 are small."""
+    step = rows_of_block(matrix)
+    return ((first, matrix[first : first + step]) for first in range(0, len(matrix), step))
+
+
+@final
+class AdaRank(LearnedMethod):
+    """theta_0 + sum_t w_t U_t diag(m_t s_t) V_t', with U_t diag(s_t) V_t' = tau_t: masks over singular components.
+
+    Components that a decomposition does not tell from rounding are not masked. As written, m need not be 0 or 1.
+    """
+
+    name = "adarank"
+    summary = "task arithmetic with learned masks over the singular components of each task vector"
+    reference = (
+        "Lee et al. 2025, AdaRank: adaptive rank pruning for enhanced model merging, arXiv:2503.22178; as in the "
+        "authors' code (github.com/david3684/AdaRank, vision/src/models/merge_vit/adaptive.py, on task arithmetic)"
+    )
+    statistics = "components"
+    kept_bits = 64  # two float32 matrices of the task vector's size at the most
+
+    def count(self, shape: Sequence[int], rank: int | None) -> int:
+        return min(shape) if rank is None else min(*shape, rank)
+
+    def renew(self, state: Numbers, sources: SourceIterable, statistics: Any, **fixed: Any) -> Numbers:
+        """With the decompositions kept, which a single merge would keep for nothing."""
+        return Numbers(statistics, state.kept or Kept())
+
+    def changed(
+        self, tau: Tensor | LowRank, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
+    ) -> Tensor | LowRank:
+        """From the components that stay, or tau without those that go, whichever are fewer."""
+        low = isinstance(tau, LowRank)
+        dtype = numbers.dtype
+        U, S, V = self._decomposed(tau, t, info, state, dtype)
+        m = numbers[: len(S)]
+        if len(m) < len(S):
+            raise MethodError(
+                f"expert {t} has {len(S)} singular components in {info.name}, but {len(m)} learned numbers",
+                remedy="They are of another search: take the folder that the search for this merge has left.",
+            )
+        S = S.to(dtype)
+        stay, go = m != 0, m != 1
+        if low or int(stay.sum()) <= int(go.sum()):
+            return LowRank(U[:, stay] * (m * S)[stay], V[:, stay].T, 1.0)
+        return tau.addmm_(U[:, go] * ((m - 1) * S)[go], V[:, go].T)
+
+    def slopes(
+        self, tau: Tensor | LowRank, gradient: Tensor, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
+    ) -> Tensor:
+        """s_i u_i' G v_i; 0 for numbers beyond the components that there are."""
+        U, S, V = self._decomposed(tau, t, info, state, numbers.dtype)
+        found = torch.zeros(len(numbers), dtype=torch.float64, device=U.device)
+        found[: len(S)] = (gradient.to(U.device, U.dtype) @ V).to(torch.float64).mul_(U).sum(0).mul_(S)
+        return found
+
+    @staticmethod
+    def _decomposed(tau: Tensor | LowRank, t: int, info: TensorInfo, state: Numbers, dtype: torch.dtype) -> SVD:
+        kept = None if state.kept is None else state.kept.by_place.get((info.name, t))
+        if kept is None:
+            kept = svd(tau, dtype)
+            if state.kept is not None:
+                state.kept.add(info.name, t, kept)
+        return kept
