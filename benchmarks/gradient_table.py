@@ -179,6 +179,9 @@ def rows_for(family: Family) -> dict[str, tuple[str, str, dict[str, Any]]]:
         "KL to experts, a tensor": ("tensor", plain, descent(loss="kl_to_expert")),
         "cma, a layer, at equal passes": ("layer", plain, {"method": "cma"}),
         "hybrid of entropy, a tensor": ("tensor", plain, hybrid()),
+        "AdaRank of cross entropy, a tensor": ("tensor", "adarank", descent(method="adarank", **labels)),
+        "columns of cross entropy": ("task", "columns", descent(method="columns", **labels)),
+        "AdaRank of entropy, a tensor": ("tensor", "adarank", descent(method="adarank")),
         "entropy, a tensor, transductive": ("tensor", plain, descent(protocol="transductive")),
         "hidden states, a tensor": ("tensor", plain, descent(loss="hidden_mse")),
     }

@@ -40,6 +40,7 @@ from evomerge.launch import Options, aggregate_of, open_or_create, run_study, sq
 from evomerge.leaderboard import Row, leaderboard, merge_in_short
 from evomerge.methods import METHODS, merge_state_dicts
 from evomerge.methods.base import Method, check_experts, check_params
+from evomerge.methods.statistics import LEARNED
 from evomerge.params import Param
 from evomerge.planning import build_plan
 from evomerge.pools import LocalPool
@@ -174,6 +175,8 @@ def refuse(method: Method, setting: str, experts: Sequence[Path]) -> None:
     """NotForThis if the method takes another number or kind of experts, or cannot be searched."""
     if method.needs_factors and not all((expert / "adapter_config.json").is_file() for expert in experts):
         raise NotForThis("takes LoRA adapters only")
+    if method.statistics in LEARNED:
+        raise NotForThis("is of numbers that a search by gradient learns")
     if method.statistics in RECIPES_ONLY and setting == "search":
         raise NotForThis("is a merge by a recipe, not in a space")
     try:

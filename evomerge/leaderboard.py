@@ -268,7 +268,9 @@ def merge_in_short(recipe: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.2f}"  # a learning rate is not 0.00
 
 
 def _verdict(board: Leaderboard, trials: Sequence[TrialRecord]) -> str:

@@ -57,6 +57,8 @@ def test_reasons():
     topics, skills = table.FAMILIES
     with pytest.raises(table.NotForThis, match=r"^takes exactly 2 experts, but got 5$"):
         table.experiment(topics, "slerp", "default")
+    with pytest.raises(table.NotForThis, match=r"^is of numbers that a search by gradient learns$"):
+        table.experiment(topics, "adarank", "default")
     with pytest.raises(table.NotForThis, match=r"^takes LoRA adapters only$"):
         table.experiment(topics, "lorahub", "search")
     assert table.experiment(skills, "lorahub", "search")["space"]["method"] == "lorahub"
