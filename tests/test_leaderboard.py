@@ -351,7 +351,7 @@ def test_coefficients_in_short():
         }
 
     assert lb.merge_in_short(groups(0.25)) == "ties(density=0.50, sign=mass) a 0.25"
-    assert lb.merge_in_short({**groups(0.004), "params": {"lr": 1.25e-5}}) == "ties(lr=1.2e-05) a 0.004"
+    assert lb.merge_in_short({**groups(0.004), "params": {"lr": 1.2e-5}}) == "ties(lr=1.2e-05) a 0.004"
     assert lb.merge_in_short(groups(0.25, 0.25)) == "ties(density=0.50, sign=mass) a 0.25"
     assert lb.merge_in_short(groups(0.1, 0.2)) == "ties(density=0.50, sign=mass) a 0.10/0.20"
     assert lb.merge_in_short(groups(0.1, 0.5, 0.9, 0.2, 0.3)) == "ties(density=0.50, sign=mass) a 0.10..0.90"
