@@ -151,7 +151,8 @@ def page(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         "| T x items x tokens | | ms a step | / kept | most memory, MB | above the start, MB | / kept |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for setting in dict.fromkeys(row["setting"] for row in rows):
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    for setting in settings:
         for what, title in CONTENDERS.items():
             own = [row for row in rows if (row["setting"], row["what"]) == (setting, what)]
             if not own:
@@ -163,11 +164,12 @@ def page(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
                 f"| {setting} | {title} | {statistics.median(map(ms, own)):.0f} | {ratio(times)} | "
                 f"{median_mb(own, 'peak_bytes')} | {median_mb(own, 'growth')} | {ratio(growths)} |"
             )
-    rounds = "one round" if facts["rounds"] == 1 else f"medians of {facts['rounds']} rounds"
+    counts = {setting: len({row["round"] for row in rows if row["setting"] == setting}) for setting in settings}
+    rounds = "rounds: " + ", ".join(f"{count} of {setting}" for setting, count in counts.items())
     lines += [
         "",
-        f"- {facts['about']}, {rounds} (in brackets the smallest and largest ratios), CPU milliseconds, threads: "
-        f"{facts['threads']}, load of the machine at the end {facts['load']} on {facts['cores']} cores, Python "
+        f"- {facts['about']}, {rounds} (medians; in brackets the smallest and largest ratios), CPU milliseconds, "
+        f"threads: {facts['threads']}, load of the machine at the end {facts['load']} on {facts['cores']} cores, Python "
         f"{facts['python']}, torch {facts['torch']}.",
     ]
     if facts["problems"]:
