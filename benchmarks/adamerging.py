@@ -169,8 +169,8 @@ def page(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     lines += [
         "",
         f"- {facts['about']}, {rounds} (medians; in brackets the smallest and largest ratios), CPU milliseconds, "
-        f"threads: {facts['threads']}, load of the machine at the end {facts['load']} on {facts['cores']} cores, Python "
-        f"{facts['python']}, torch {facts['torch']}.",
+        f"threads: {facts['threads']}, load of the machine at the end {facts['load']} on {facts['cores']} cores, "
+        f"Python {facts['python']}, torch {facts['torch']}.",
     ]
     if facts["problems"]:
         problems = facts["problems"]
