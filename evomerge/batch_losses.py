@@ -55,7 +55,7 @@ class BatchLosses:
         self._gradients: dict[bool, LearnedGradients] = {}
 
     def of(self, recipe: Recipe, wanted: Mapping[str, Any]) -> tuple[BatchGradient, ...]:
-        """One loss (and gradient) for each of ``wanted["batches"]``, in order.
+        """One loss (and gradient) for each of ``wanted["batches"]``, in order; with ``shares`` the first has the sum.
 
         Args:
             wanted: as ``Job.gradient``.
@@ -72,17 +72,30 @@ class BatchLosses:
         experts = self._experts(recipe, coefficients, wanted, ask) if loss.teacher else {}
         coefficients.into(recipe)
         values = [self._value(loss, list(ids), ask, experts.get(task, {})) for task, ids in wanted["batches"]]
-        if wanted["learn"]:
+        tasks = [task for task, _ in wanted["batches"]]
+        gradients: list[Tensor | None] = [None] * len(tasks)
+        learned = np.zeros((len(tasks), 0))
+        if not wanted["learn"]:
+            losses = [self._without_gradient(value) for value in values]
+        elif wanted.get("shares") is None:
             found = coefficients.each(values, recipe, self.seeded)
+            losses, gradients[:] = [number for number, _ in found], [gradient for _, gradient in found]
         else:
-            found = [(self._without_gradient(value), None) for value in values]
-        learned = np.zeros((len(values), 0))
+            losses, gradients[0] = coefficients.together(values, wanted["shares"], recipe, self.seeded)
+        for task, number in zip(tasks, losses, strict=True):
+            if not math.isfinite(number):
+                raise CandidateError("nan", f"task {task}: the loss is {number}")
         if numbers is not None and wanted["learn"]:
             learned = coefficients.by_numbers(numbers["tensors"])
-        return tuple(
-            _checked(task, number, gradient, own)
-            for (task, _), (number, gradient), own in zip(wanted["batches"], found, learned, strict=True)
-        )
+        answers = []
+        for n, (task, number, gradient) in enumerate(zip(tasks, losses, gradients, strict=True)):
+            own = learned[n] if n < len(learned) else np.zeros(0)
+            if not (gradient is None or bool(gradient.isfinite().all())) or not np.isfinite(own).all():
+                those = tasks if wanted.get("shares") is not None else [task]
+                raise CandidateError("nan", f"task {' or '.join(dict.fromkeys(those))}: the gradient is not finite")
+            flat = () if gradient is None else tuple(gradient.T.reshape(-1).tolist())
+            answers.append(BatchGradient(task, number, flat, own.tobytes()))
+        return tuple(answers)
 
     def _loss(self, name: str) -> Loss:
         if name not in self._losses:
@@ -128,16 +141,6 @@ class BatchLosses:
         while room < 0 and self._kept:
             room += _bytes(self._kept.popitem(last=False)[1])
         return found
-
-
-def _checked(task: str, loss: float, gradient: Tensor | None, learned: np.ndarray) -> BatchGradient:
-    """``gradient``: (experts, groups), if one was asked for; ``learned``: (size,), by numbers inside task vectors."""
-    flat = () if gradient is None else tuple(gradient.T.reshape(-1).tolist())
-    if not math.isfinite(loss):
-        raise CandidateError("nan", f"task {task}: the loss is {loss}")
-    if not all(map(math.isfinite, flat)) or not np.isfinite(learned).all():
-        raise CandidateError("nan", f"task {task}: the gradient is not finite")
-    return BatchGradient(task, loss, flat, learned.tobytes())
 
 
 def _alone(recipe: Recipe, t: int) -> Recipe:

@@ -307,16 +307,3 @@ def pieces(items: Sequence[T], size: int) -> list[tuple[T, ...]]:
     count = math.ceil(len(items) / size)
     edges = [edge * len(items) // count for edge in range(count + 1)]
     return [tuple(items[first:last]) for first, last in pairwise(edges)]
-
-
-def mean(parts: Sequence[tuple[float, np.ndarray]], shares: Sequence[float]) -> tuple[float, np.ndarray]:
-    """The weighted mean of (loss, gradient) pairs, summed in the order given.
-
-    The order makes the bits: it must be that of the batches, not that of their arrival.
-    """
-    total = math.fsum(shares)
-    loss, gradient = 0.0, np.zeros_like(parts[0][1])
-    for (value, slope), share in zip(parts, shares, strict=True):
-        loss += value * (share / total)
-        gradient = gradient + slope * (share / total)
-    return loss, gradient

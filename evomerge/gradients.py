@@ -48,7 +48,7 @@ class CoefficientGradients:
         model: resident, in evaluation mode.
         free: take a parameter's inner products as soon as its gradient is complete, and drop it, so that there is never
             a set of gradients as large as the model. Else those of AT_ONCE losses are kept, as far as KEPT_BYTES go,
-            and the sources are read once for them. Both give the same bits.
+            and the sources are read once for them. Both give the same bits for one loss.
     """
 
     def __init__(self, merger: Merger, model: Any, *, free: bool):
@@ -62,7 +62,7 @@ class CoefficientGradients:
         Raises:
             MethodError: a group's method is not affine in its weights.
         """
-        if self._plan is None or self._plan.recipe is not recipe:
+        if self._plan is None or (self._plan.recipe is not recipe and self._plan.recipe != recipe):
             require_gradients(recipe)
             self._plan = MergePlan(self.merger, recipe, rounded=False)
         self.merger.write(self.model, self._plan)
@@ -77,11 +77,25 @@ class CoefficientGradients:
             (loss, gradient): the gradient float64 on the CPU, (T experts, G groups) in the recipe's order. Either may
             be NaN or infinite.
         """
-        found = self.each([losses] if callable(losses) else losses, recipe)
-        total, gradient = found[0]
-        for loss, own in found[1:]:
-            total, gradient = total + loss, gradient + own
-        return total, gradient
+        losses = [losses] if callable(losses) else losses
+        values, gradient = self.together(losses, [1.0] * len(losses), recipe)
+        return sum(values[1:], values[0]), gradient
+
+    def together(
+        self,
+        losses: Sequence[Loss],
+        shares: Sequence[float],
+        recipe: Recipe,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> tuple[list[float], Tensor]:
+        """(the losses, the gradient of the sum of share times loss).
+
+        Gradients by the parameters are summed before any inner product is taken, which is then one for each expert and
+        not for each loss. With ``free`` each loss has its own, and the sum another rounding.
+
+        Args and errors as for ``each``.
+        """
+        return self._found([list(zip(losses, shares, strict=True))], recipe, around)[0]
 
     def each(
         self,
@@ -102,15 +116,25 @@ class CoefficientGradients:
             CheckpointError: a tensor has no place in the model that has a gradient.
             EvaluatorError: a loss does not depend on the model, or was computed without gradients.
         """
+        found = self._found([[(loss, 1.0)] for loss in losses], recipe, around)
+        return [(value, gradient) for (value,), gradient in found]
+
+    def _found(
+        self,
+        sums: Sequence[Sequence[tuple[Loss, float]]],
+        recipe: Recipe,
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> list[tuple[list[float], Tensor]]:
+        """For each of several sums of (loss, share): the losses, and the gradient of the sum."""
         plan = self.into(recipe)
         group_of = self.merger.moving(plan)
         held = self._held(plan, group_of)
         parameters = _by_parameter(held)
-        products = np.zeros((len(losses), len(held), len(recipe.experts)))
-        table = self._table(plan, list(held), len(losses))
+        products = np.zeros((len(sums), len(held), len(recipe.experts)))
+        table = self._table(plan, list(held), len(sums))
         at_once = max(1, min(AT_ONCE, KEPT_BYTES // max(1, sum(p.nbytes for p, _ in parameters))))
-        values: list[float] = []
-        waiting: list[dict[str, Tensor]] = []  # gradients of the last losses
+        values: list[list[float]] = []
+        waiting: list[dict[str, Tensor]] = []  # gradients of the last sums
 
         def take(parameter: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
             """The parts of a parameter's gradient, which is dropped."""
@@ -131,16 +155,18 @@ class CoefficientGradients:
                     for parameter, names in parameters
                 ]
             try:
-                for number, loss in enumerate(losses, start=1):
-                    with around():
-                        value = self._backward(loss, bool(parameters))
+                for number, losses in enumerate(sums, start=1):
+                    own = []
+                    for loss, share in losses:
+                        with around():
+                            own.append(self._backward(loss, share, bool(parameters)))
                     with torch.no_grad():
                         waiting.append({n: part for p, names in parameters for n, part in take(p, names).items()})
-                        if len(waiting) == at_once or number == len(losses):
+                        if len(waiting) == at_once or number == len(sums):
                             first = number - len(waiting)
                             table.add(waiting, products[first:number], first)
                             waiting.clear()
-                    values.append(value)
+                    values.append(own)
             finally:
                 for handle in handles:
                     handle.remove()
@@ -148,14 +174,14 @@ class CoefficientGradients:
         return [(value, _by_group(found, groups, recipe)) for value, found in zip(values, products, strict=True)]
 
     def _table(self, plan: MergePlan, names: Sequence[str], count: int) -> Products:
-        """What takes the inner products of the gradients of ``count`` losses."""
+        """What takes the inner products of ``count`` gradients."""
         return Products(self.merger, plan, names)
 
     @staticmethod
-    def _backward(loss: Loss, moves: bool) -> float:
+    def _backward(loss: Loss, share: float, moves: bool) -> float:
         value = loss()
         if value.requires_grad:
-            value.backward()
+            (value if share == 1 else value * share).backward()
         elif moves:
             raise EvaluatorError(
                 "the loss has no gradient by the model's parameters",
@@ -213,7 +239,7 @@ class Products:
         Args:
             gradients: B sets by the name of the tensor, each in its shape with any strides.
             out: (B, N, T) float64.
-            start: the number of the loss that the first set is of; the others are of those after it.
+            start: the number of the sum that the first set is of; the others are of those after it.
         """
         at_once: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, Place]]] = {}
         for name in dict.fromkeys(name for one in gradients for name in one):

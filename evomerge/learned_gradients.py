@@ -30,18 +30,19 @@ def lend(merger: Merger, recipe: Recipe, learned: Mapping[str, Any]) -> None:
 
 
 class LearnedGradients(CoefficientGradients):
-    """Gradients by a recipe's weights, and by the numbers that its learned method has: after ``of`` and ``each``."""
+    """Gradients by a recipe's weights, and by the numbers that its learned method has: after each of its methods."""
 
-    _found: list[dict[tuple[int, str], Tensor]]  # a loss: (t, tensor name) -> the gradient, float64 on the CPU
+    _numbers: list[dict[tuple[int, str], Tensor]]  # a sum: (t, tensor name) -> the gradient, float64 on the CPU
 
     def by_numbers(self, tensors: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-        """(losses, size) the gradients by ``tensors``, a mapping an expert, one number after the other.
+        """(losses, size) the gradients by ``tensors``, a mapping an expert, one number after the other; (1, size) after
+        a sum of losses.
 
         Numbers that nothing depends on, such as those of tensors that are not in the model, have the gradient 0.
         """
         places = [(t, name, numbers.size) for t, mapping in enumerate(tensors) for name, numbers in mapping.items()]
-        rows = np.zeros((len(self._found), sum(size for _, _, size in places)))
-        for row, found in zip(rows, self._found, strict=True):
+        rows = np.zeros((len(self._numbers), sum(size for _, _, size in places)))
+        for row, found in zip(rows, self._numbers, strict=True):
             place = 0
             for t, name, size in places:
                 if (t, name) in found:
@@ -50,15 +51,15 @@ class LearnedGradients(CoefficientGradients):
         return rows
 
     def _table(self, plan: MergePlan, names: Sequence[str], count: int) -> Products:
-        self._found = [{} for _ in range(count)]
-        return _Contractions(self.merger, plan, names, self._found)
+        self._numbers = [{} for _ in range(count)]
+        return _Contractions(self.merger, plan, names, self._numbers)
 
 
 class _Contractions(Products):
     """Takes those of the tensors that have learned numbers.
 
     Args:
-        found: a loss, what is added to.
+        found: for each sum, what is added to.
     """
 
     def __init__(

@@ -70,7 +70,8 @@ class Job:
     ``Evaluator.predictions``), batches (a list of [task, item ids]), learn (False: losses only), free (see
     ``CoefficientGradients``), experts (task -> place of its own expert, for losses that look at it). Where the recipe
     is merged by numbers that no file holds, ``learned`` has them: kind (of the statistics that they are) and tensors,
-    for each expert tensor name -> float64 array; their gradient is then wanted, too.
+    for each expert tensor name -> float64 array; their gradient is then wanted, too. With ``shares``, a number a batch,
+    gradients of share times loss are summed: cheaper than one by one.
     """
 
     key: str
@@ -94,7 +95,8 @@ class BatchGradient:
     """The loss on one batch of a task's items, and its gradient by the weights of the recipe.
 
     ``gradient``: (groups * experts,), group by group; empty if only the loss was asked for. ``learned``: float64
-    numbers one after the other, the gradient by those that came with the job.
+    numbers one after the other, the gradient by those that came with the job. Where they were summed over batches the
+    first of these has the sum, the others none.
     """
 
     task: str

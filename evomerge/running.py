@@ -205,7 +205,14 @@ class Runner:
         self._ready.append(Done(key, None, self.failure(subject, split)))
 
     def gradients(
-        self, step: int, recipe: Recipe, batches: Sequence[tuple[str, Sequence[str]]], options: Mapping[str, Any]
+        self,
+        step: int,
+        recipe: Recipe,
+        batches: Sequence[tuple[str, Sequence[str]]],
+        options: Mapping[str, Any],
+        *,
+        shares: Sequence[float] | None = None,
+        parts: int = 1,
     ) -> list[BatchGradient]:
         """Losses of ``recipe`` on batches, (task, items), and their gradients, in the order of the batches.
 
@@ -215,6 +222,8 @@ class Runner:
         Args:
             step: of the training, for messages.
             options: the rest of ``Job.gradient``.
+            shares: what each batch counts. The gradients of share times loss are then summed in ``parts`` parts by
+                whoever is there: so the bits do not depend on the workers.
 
         Raises:
             CandidateError: of kind nan, if a loss or a gradient is not finite.
@@ -222,7 +231,8 @@ class Runner:
             Interrupted: the user asked to stop; what the workers are at is dropped.
         """
         places = range(len(batches))
-        todo = deque(pieces(places, -(-len(batches) // max(1, self.pool.idle()))))
+        jobs = max(1, self.pool.idle()) if shares is None else parts
+        todo = deque(pieces(places, -(-len(batches) // jobs)))
         running: dict[tuple[str, int], tuple[int, ...]] = {}
         found: dict[int, BatchGradient] = {}
         lost = 0
@@ -234,6 +244,8 @@ class Runner:
                 share = todo.popleft()
                 self._gradient_jobs += 1
                 wanted = {**options, "batches": [[task, list(items)] for task, items in (batches[i] for i in share)]}
+                if shares is not None:
+                    wanted["shares"] = [shares[i] for i in share]
                 job = Job(f"{GRADIENT}{step}", self._gradient_jobs, recipe.to_dict(), (), wanted)
                 running[job.key, job.attempt] = share
                 self.pool.submit(job)

@@ -116,10 +116,11 @@ def check_gradients(searcher: GradientSearcher, spec: Spec, space: Space, evalua
 def batches_at_once(searcher: GradientSearcher, plan: Plan) -> int:
     """How many workers a step of the training can use."""
     size = plan.spec.evaluate.batch_size
-    return sum(
+    batches = sum(
         -(-min(searcher.options.get("batch", size), count) // size)
         for count in plan.split_sizes()[searcher.trains_on].values()
     )
+    return min(searcher.parts, batches)
 
 
 class Training:
@@ -204,6 +205,7 @@ class Training:
         point: Point,
         batches: Sequence[tuple[str, Sequence[str]]],
         *,
+        shares: Sequence[float],
         learn: bool = True,
         numbers: np.ndarray | None = None,
     ) -> list[BatchGradient]:
@@ -217,7 +219,8 @@ class Training:
 
             assert self._layout is not None
             recipe, options["learned"] = in_job(self._layout, numbers, recipe)
-        return self.runner.gradients(step, recipe, batches, options)
+        parts = {"shares": shares, "parts": self.searcher.parts} if learn else {}
+        return self.runner.gradients(step, recipe, batches, options, **parts)
 
     def _save(self) -> None:
         state = {**self.searcher.state(), "trains_on": self.searcher.trains_on}

@@ -123,6 +123,18 @@ def test_a_batch_has_the_same_bits_alone_and_after_anything_else(worker):
             assert of(worker, recipe, loss=loss, batches=[batch]) == (one,)
 
 
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("loss", ["entropy", "kl_to_expert"])
+def test_with_shares_the_first_has_the_gradient_of_the_sum(worker, loss, free):
+    recipe, shares = recipe_at(worker, *AT), [0.5, 0.125, 0.375]
+    apart = of(worker, recipe, loss=loss)
+    first, *others = summed = of(worker, recipe, loss=loss, free=free, shares=shares)
+    assert [(one.task, one.loss) for one in summed] == [(one.task, one.loss) for one in apart]
+    assert [one.gradient for one in others] == [(), ()]
+    expected = np.array(shares) @ np.array([one.gradient for one in apart])
+    np.testing.assert_allclose(first.gradient, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_an_evaluation_does_not_see_what_was_learned(worker):
     job = Job("t", 1, recipe_at(worker, *AT).to_dict(), IDS)
     before = worker.evaluate(job).outcomes
@@ -164,10 +176,10 @@ def worker_seed(worker: Worker):
     return lambda: _seeded(worker.spec.seed)
 
 
-@pytest.mark.parametrize("learn", [True, False])
-def test_a_loss_that_is_no_number_names_its_task(worker, monkeypatch, learn):
+@pytest.mark.parametrize("asked", [{}, {"learn": False}, {"shares": [0.5, 0.25, 0.25]}], ids=str)
+def test_a_loss_that_is_no_number_names_its_task(worker, monkeypatch, asked):
     monkeypatch.setattr(worker.evaluator, "broken", "two3")
-    result = worker.evaluate(Job("gradient:3", 1, recipe_at(worker, *AT).to_dict(), (), wanted(learn=learn)))
+    result = worker.evaluate(Job("gradient:3", 1, recipe_at(worker, *AT).to_dict(), (), wanted(**asked)))
     assert result.gradients is None and result.failure is not None
     assert (result.failure.kind, result.failure.reason) == ("nan", "task two: the loss is nan")
     assert torch.is_grad_enabled() and np.isfinite(of(worker, recipe_at(worker, *AT), batches=BATCHES[:1])[0].loss)

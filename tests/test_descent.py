@@ -255,11 +255,6 @@ def test_pieces_are_the_items_in_their_order(items, size):
     assert len(cut) == math.ceil(len(items) / size) and max(map(len, cut)) <= size
 
 
-def test_a_mean_weighs_losses_and_gradients_alike():
-    loss, gradient = descent.mean([(1.0, np.array([1.0, 0.0])), (4.0, np.array([0.0, 8.0]))], [3, 1])
-    assert loss == 1.75 and gradient.tolist() == [0.75, 2.0]
-
-
 def test_simplex_without_parts_moves_nothing():
     rule = Simplex((), np.ones(2))
     assert rule.pull_back(np.ones(2), np.ones(2)).tolist() == [0, 0]

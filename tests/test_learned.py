@@ -38,13 +38,14 @@ def drawn_to(job: Job) -> Result:
     weights = np.array([w for group in job.recipe["groups"] for w in group["weights"].values()])
     numbers = np.concatenate([v for tensors in job.gradient["learned"]["tensors"] for v in tensors.values()])
     found = []
-    for task, items in job.gradient["batches"]:
+    shares = job.gradient.get("shares") or [1.0] * len(job.gradient["batches"])
+    for (task, items), share in zip(job.gradient["batches"], shares, strict=True):
         draws = [np.random.default_rng(zlib.crc32(item.encode())) for item in items]
         away = weights - np.mean([draw.normal(0.4, 0.1, len(weights)) for draw in draws], axis=0)
         pulled = numbers - np.mean([draw.normal(0.6, 0.3, len(numbers)) for draw in draws], axis=0)
         loss = float(away @ away + pulled @ pulled) / 2
         if job.gradient["learn"]:
-            found.append(BatchGradient(task, loss, tuple(away.tolist()), pulled.tobytes()))
+            found.append(BatchGradient(task, loss, tuple((share * away).tolist()), (share * pulled).tobytes()))
         else:
             found.append(BatchGradient(task, loss))
     return Result(job.key, job.attempt, None, None, gradients=tuple(found))

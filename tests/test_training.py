@@ -58,10 +58,11 @@ def drawn_to(job: Job) -> Result:
     assert job.gradient is not None
     weights = np.array([w for group in job.recipe["groups"] for w in group["weights"].values()])
     found = []
-    for task, items in job.gradient["batches"]:
+    shares = job.gradient.get("shares") or [1.0] * len(job.gradient["batches"])
+    for (task, items), share in zip(job.gradient["batches"], shares, strict=True):
         places = [np.random.default_rng(zlib.crc32(item.encode())).normal(0.4, 0.1, len(weights)) for item in items]
         away = weights - np.mean(places, axis=0)
-        gradient = tuple(away.tolist()) if job.gradient["learn"] else ()
+        gradient = tuple((share * away).tolist()) if job.gradient["learn"] else ()
         found.append(BatchGradient(task, float(away @ away) / 2, gradient))
     return Result(job.key, job.attempt, None, None, gradients=tuple(found))
 
@@ -85,7 +86,7 @@ def write_gradients(write) -> Callable[..., Path]:
     """An experiment that learns by gradient: 12 steps, a candidate every 3, on a known function."""
 
     def make(**keys) -> Path:
-        search = {"method": "adamerging", "budget": BUDGET, "steps": 12, "every": 3, "lr": 0.05, "batch": 2}
+        search = {"method": "adamerging", "budget": BUDGET, "steps": 12, "every": 3, "lr": 0.05, "batch": 2, "parts": 4}
         path = write(**{**keys, "search": {**search, **keys.get("search", {})}})
         (path.parent / "my_eval.py").write_text(GRADIENTS)
         data = json.loads(path.read_text())

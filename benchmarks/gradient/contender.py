@@ -75,7 +75,7 @@ def ours(task: dict[str, Any]) -> Step:
     """evomerge: sources stay mapped files, gradients come from inner products."""
     import numpy as np
 
-    from evomerge.descent import Box, Descent
+    from evomerge.descent import Box, Descent, pieces
     from evomerge.gradients import CoefficientGradients
     from evomerge.memory import keep_freed_memory
     from evomerge.merging import Merger, load_resident, open_sources
@@ -109,9 +109,12 @@ def ours(task: dict[str, Any]) -> Step:
         def loss(t: int) -> Callable[[], Tensor]:
             return lambda: entropy(model(input_ids=ids[t]).last_hidden_state, own[t])
 
-        value, gradient = gradients.of([loss(t) for t in range(len(ids))], point)
-        state = descent.step(state, gradient.T.reshape(-1).numpy())
-        return value
+        total, by_weight = 0.0, torch.zeros(len(experts), len(names), dtype=torch.float64)
+        for part in pieces(range(len(ids)), -(-len(ids) // 2)):  # as a worker by itself has a step: in two parts
+            values, gradient = gradients.together([loss(t) for t in part], [1.0] * len(part), point)
+            total, by_weight = total + sum(values), by_weight + gradient
+        state = descent.step(state, by_weight.T.reshape(-1).numpy())
+        return total
 
     return step
 

@@ -65,6 +65,9 @@ class AdaMergingSearcher(GradientSearcher):
         ),
         "batch": Param(int, 16, "items of a task in one step", low=1),
         "tasks": Param(int, 0, "tasks in one step, which have their turns; 0: all", low=0),
+        "parts": Param(
+            int, 2, "how many workers can share a step: its batches are summed in so many parts by whoever is there", 1
+        ),
         "pull": Param(float, 0.0, "adds 0.5 * pull * the squared distance of all coefficients from the start", low=0),
         "constraint": Param(
             str,
@@ -109,7 +112,7 @@ class AdaMergingSearcher(GradientSearcher):
                 remedy="Set holdout, such as holdout: 0.2, or patience: 0.",
             )
         self.trains_on = "test" if self.options["protocol"] == "transductive" else "search"
-        self.held_out = self.options["holdout"]
+        self.held_out, self.parts = self.options["holdout"], self.options["parts"]
         start = self.starts[0]
         softmax = self.options.get("constraint") == "softmax"
         self._names = [d.name for d in space.dimensions]

@@ -124,13 +124,16 @@ class Oracle(Protocol):
         point: Point,
         batches: Sequence[tuple[str, Sequence[str]]],
         *,
+        shares: Sequence[float],
         learn: bool = True,
         numbers: np.ndarray | None = None,
     ) -> Sequence[BatchGradient]:
-        """The loss of each batch, (task, items), at ``point``, and its gradient, in the order of the batches.
+        """The loss of each batch, (task, items), at ``point``, in the order of the batches, and gradients whose sum is
+        that of the sum of share times loss; which of the batches have them is the oracle's affair.
 
         Args:
             step: names the place in the training, for messages.
+            shares: what each batch counts.
             learn: False: the losses are enough.
             numbers: what the merge is learned by inside its task vectors, of a searcher that ``learns`` any.
 
@@ -238,6 +241,7 @@ class GradientSearcher(Searcher):
     oracle: Oracle | None = None  # there from the study's first ask on
     curve: list[dict[str, Any]]  # a row a step since the last proposal: step, loss, tasks, gradient
     trains_on: Literal["search", "test"] = "search"  # test: without labels
+    parts: int = 2  # how many workers can share a step; part of what makes the bits
     restored: int = 0  # a state on the way to this trial was restored
     held_out: float = 0.0  # the share of each task's search items that are not trained on
 
@@ -329,14 +333,16 @@ class GradientSearcher(Searcher):
         batches = [(task, piece) for task, ids in items.items() for piece in descent.pieces(ids, self.oracle.piece)]
         dims = len(values) if self.learns is None else len(self.space.dimensions)
         more = {} if self.learns is None else {"numbers": values[dims:]}
-        found = self.oracle.gradients(step, self.named(values[:dims]), batches, learn=learn, **more)
-        chain, by_task, shares, parts = descent.Chain(self.space), dict.fromkeys(items, 0.0), [], []
-        for one, (task, piece) in zip(found, batches, strict=True):
-            share = len(piece) / len(items[task])
-            by_task[task] += one.loss * share
-            shares.append(self.oracle.weights[task] * share)
-            slope = chain.to_dimensions(one.gradient) if learn else np.zeros(len(values))
-            if learn and self.learns is not None:
-                slope = np.concatenate([slope, np.frombuffer(one.learned)])
-            parts.append((one.loss, slope))
-        return *descent.mean(parts, shares), by_task
+        parts = [len(piece) / len(items[task]) for task, piece in batches]  # of a task's items
+        counts = [self.oracle.weights[task] * part for (task, _), part in zip(batches, parts, strict=True)]
+        shares = [count / math.fsum(counts) for count in counts]
+        found = self.oracle.gradients(step, self.named(values[:dims]), batches, shares=shares, learn=learn, **more)
+        chain, by_task = descent.Chain(self.space), dict.fromkeys(items, 0.0)
+        loss, gradient = 0.0, np.zeros(len(values))
+        for one, (task, _), part, share in zip(found, batches, parts, shares, strict=True):
+            by_task[task] += one.loss * part
+            loss += one.loss * share
+            if one.gradient:
+                gradient[:dims] += chain.to_dimensions(one.gradient)
+                gradient[dims:] += np.frombuffer(one.learned)
+        return loss, gradient, by_task

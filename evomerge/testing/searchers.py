@@ -212,14 +212,21 @@ class KnownOracle:
         self.calls: list[tuple[int, list[Any], bool]] = []
 
     def gradients(
-        self, step: int, point: Point, batches: Sequence[tuple[str, Sequence[str]]], *, learn: bool = True
+        self,
+        step: int,
+        point: Point,
+        batches: Sequence[tuple[str, Sequence[str]]],
+        *,
+        shares: Sequence[float],
+        learn: bool = True,
+        numbers: np.ndarray | None = None,
     ) -> list[BatchGradient]:
         self.calls.append((step, list(batches), learn))
         weights = [w for group in self.space.decode(point).groups for w in group.weights]
         found = []
-        for task, items in batches:
+        for (task, items), share in zip(batches, shares, strict=True):
             losses, slopes = zip(*(self.function(weights, item) for item in items), strict=True)
-            gradient = tuple(np.mean(slopes, axis=0).tolist()) if learn else ()
+            gradient = tuple((share * np.mean(slopes, axis=0)).tolist()) if learn else ()
             found.append(BatchGradient(task, float(np.mean(losses)), gradient))
         return found
 

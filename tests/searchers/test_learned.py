@@ -32,14 +32,18 @@ class NumbersOracle(KnownOracle):
         point: Point,
         batches: Sequence[tuple[str, Sequence[str]]],
         *,
+        shares: Sequence[float],
         learn: bool = True,
         numbers: np.ndarray | None = None,
     ) -> list[BatchGradient]:
         assert numbers is not None and numbers.shape == (LAYOUT.size,)
         found = []
-        for one, (_, items) in zip(super().gradients(step, point, batches, learn=learn), batches, strict=True):
+        weighted = super().gradients(step, point, batches, shares=shares, learn=learn)
+        for one, (_, items), share in zip(weighted, batches, shares, strict=True):
             away = numbers - np.mean([number_places(item) for item in items], axis=0)
-            found.append(BatchGradient(one.task, one.loss + float(away @ away) / 2, one.gradient, away.tobytes()))
+            found.append(
+                BatchGradient(one.task, one.loss + float(away @ away) / 2, one.gradient, (share * away).tobytes())
+            )
         return found
 
 
