@@ -117,8 +117,8 @@ class Family:
         """Half of the steps in two descents, at most a quarter in products, the rest CMA-ES's."""
         every = self.every // 2
         first, second = 3 * self.steps // 8 // every * every, self.steps // 8 // every * every
-        products = min(16, self.steps // 4 * self.batch // 2 // (2 * self.batch))
-        trained = (first + second + 2 * 2 * products) * self.step_passes
+        products = min(16, self.steps // 16)  # each is two gradients of twice a step's items
+        trained = (first + second + 4 * products) * self.step_passes
         descended = first // every + 1 + second // every
         candidates = max(4, (self.passes - trained) // self.searched - descended)
         search = {**self.descent(**changes), "method": "hybrid", "every": every, "steps": first, "refine": second}

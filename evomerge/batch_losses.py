@@ -55,7 +55,7 @@ class BatchLosses:
         self._gradients: dict[bool, LearnedGradients] = {}
 
     def of(self, recipe: Recipe, wanted: Mapping[str, Any]) -> tuple[BatchGradient, ...]:
-        """One loss (and gradient) for each of ``wanted["batches"]``, in order; with ``shares`` the first has the sum.
+        """The losses of ``wanted["batches"]``, in order; the first has the gradient of the sum of share times loss.
 
         Args:
             wanted: as ``Job.gradient``.
@@ -73,29 +73,21 @@ class BatchLosses:
         coefficients.into(recipe)
         values = [self._value(loss, list(ids), ask, experts.get(task, {})) for task, ids in wanted["batches"]]
         tasks = [task for task, _ in wanted["batches"]]
-        gradients: list[Tensor | None] = [None] * len(tasks)
-        learned = np.zeros((len(tasks), 0))
         if not wanted["learn"]:
-            losses = [self._without_gradient(value) for value in values]
-        elif wanted.get("shares") is None:
-            found = coefficients.each(values, recipe, self.seeded)
-            losses, gradients[:] = [number for number, _ in found], [gradient for _, gradient in found]
+            losses, gradient, learned = [self._without_gradient(value) for value in values], None, np.zeros(0)
         else:
-            losses, gradients[0] = coefficients.together(values, wanted["shares"], recipe, self.seeded)
+            losses, gradient = coefficients.together(values, wanted["shares"], recipe, self.seeded)
+            learned = np.zeros(0) if numbers is None else coefficients.by_numbers(numbers["tensors"])
         for task, number in zip(tasks, losses, strict=True):
             if not math.isfinite(number):
                 raise CandidateError("nan", f"task {task}: the loss is {number}")
-        if numbers is not None and wanted["learn"]:
-            learned = coefficients.by_numbers(numbers["tensors"])
-        answers = []
-        for n, (task, number, gradient) in enumerate(zip(tasks, losses, gradients, strict=True)):
-            own = learned[n] if n < len(learned) else np.zeros(0)
-            if not (gradient is None or bool(gradient.isfinite().all())) or not np.isfinite(own).all():
-                those = tasks if wanted.get("shares") is not None else [task]
-                raise CandidateError("nan", f"task {' or '.join(dict.fromkeys(those))}: the gradient is not finite")
-            flat = () if gradient is None else tuple(gradient.T.reshape(-1).tolist())
-            answers.append(BatchGradient(task, number, flat, own.tobytes()))
-        return tuple(answers)
+        found = [BatchGradient(task, number) for task, number in zip(tasks, losses, strict=True)]
+        if gradient is not None:
+            if not bool(gradient.isfinite().all()) or not np.isfinite(learned).all():
+                raise CandidateError("nan", f"task {' or '.join(dict.fromkeys(tasks))}: the gradient is not finite")
+            flat = tuple(gradient.T.reshape(-1).tolist())
+            found[0] = replace(found[0], gradient=flat, learned=learned.tobytes())
+        return tuple(found)
 
     def _loss(self, name: str) -> Loss:
         if name not in self._losses:

@@ -27,8 +27,6 @@ from evomerge.recipe import Recipe
 from evomerge.task_vectors import Numbers, Place, slice_products
 from evomerge.task_vectors import products as task_products
 
-AT_ONCE = 4  # gradients that are kept for one pass over the sources; more gain little
-KEPT_BYTES = 2**30  # of them, at the most, unless one takes more
 Loss = Callable[[], Tensor]
 OTHER_SEARCHERS = "Search with cma or tpe, which need no gradients."
 
@@ -47,8 +45,8 @@ class CoefficientGradients:
         merger: its sources are the recipes'.
         model: resident, in evaluation mode.
         free: take a parameter's inner products as soon as its gradient is complete, and drop it, so that there is never
-            a set of gradients as large as the model. Else those of AT_ONCE losses are kept, as far as KEPT_BYTES go,
-            and the sources are read once for them. Both give the same bits for one loss.
+            a set of gradients as large as the model. Else they are kept until the last of several losses, and the
+            sources are read once. Both give the same bits for one loss.
     """
 
     def __init__(self, merger: Merger, model: Any, *, free: bool):
@@ -68,18 +66,10 @@ class CoefficientGradients:
         self.merger.write(self.model, self._plan)
         return self._plan
 
-    def of(self, losses: Loss | Sequence[Loss], recipe: Recipe) -> tuple[float, Tensor]:
-        """The loss at ``recipe``, which is merged into the model first, and its gradient; of several losses the sums.
-
-        Args and errors as for ``each``.
-
-        Returns:
-            (loss, gradient): the gradient float64 on the CPU, (T experts, G groups) in the recipe's order. Either may
-            be NaN or infinite.
-        """
-        losses = [losses] if callable(losses) else losses
-        values, gradient = self.together(losses, [1.0] * len(losses), recipe)
-        return sum(values[1:], values[0]), gradient
+    def of(self, loss: Loss, recipe: Recipe) -> tuple[float, Tensor]:
+        """(a loss, its gradient); see ``together``."""
+        (value,), gradient = self.together([loss], [1.0], recipe)
+        return value, gradient
 
     def together(
         self,
@@ -88,53 +78,31 @@ class CoefficientGradients:
         recipe: Recipe,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[list[float], Tensor]:
-        """(the losses, the gradient of the sum of share times loss).
+        """(losses at ``recipe``, which is merged into the model first; the gradient of the sum of share times loss).
 
         Gradients by the parameters are summed before any inner product is taken, which is then one for each expert and
-        not for each loss. With ``free`` each loss has its own, and the sum another rounding.
-
-        Args and errors as for ``each``.
-        """
-        return self._found([list(zip(losses, shares, strict=True))], recipe, around)[0]
-
-    def each(
-        self,
-        losses: Sequence[Loss],
-        recipe: Recipe,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> list[tuple[float, Tensor]]:
-        """(loss, gradient), as of ``of``, for each of the losses; what is found for one does not depend on the others.
-
-        Afterwards no parameter has a gradient or requires one that did not before.
+        not for each loss. With ``free`` each loss has its own, and the sum another rounding. Afterwards no parameter
+        has a gradient or requires one that did not before.
 
         Args:
-            losses: called without arguments, each gives a scalar that can be differentiated by the model's parameters.
+            losses: called without arguments, each gives a scalar that can be differentiated by the model's parameters,
+                and has a backward pass of its own.
             around: a context for each loss with its backward pass.
+
+        Returns:
+            The gradient float64 on the CPU, (T experts, G groups) in the recipe's order. It and the losses may be NaN
+            or infinite.
 
         Raises:
             MethodError: as ``into``.
             CheckpointError: a tensor has no place in the model that has a gradient.
             EvaluatorError: a loss does not depend on the model, or was computed without gradients.
         """
-        found = self._found([[(loss, 1.0)] for loss in losses], recipe, around)
-        return [(value, gradient) for (value,), gradient in found]
-
-    def _found(
-        self,
-        sums: Sequence[Sequence[tuple[Loss, float]]],
-        recipe: Recipe,
-        around: Callable[[], AbstractContextManager[None]],
-    ) -> list[tuple[list[float], Tensor]]:
-        """For each of several sums of (loss, share): the losses, and the gradient of the sum."""
         plan = self.into(recipe)
         group_of = self.merger.moving(plan)
         held = self._held(plan, group_of)
         parameters = _by_parameter(held)
-        products = np.zeros((len(sums), len(held), len(recipe.experts)))
-        table = self._table(plan, list(held), len(sums))
-        at_once = max(1, min(AT_ONCE, KEPT_BYTES // max(1, sum(p.nbytes for p, _ in parameters))))
-        values: list[list[float]] = []
-        waiting: list[dict[str, Tensor]] = []  # gradients of the last sums
+        products, table = np.zeros((len(held), len(recipe.experts))), self._table(plan, list(held))
 
         def take(parameter: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
             """The parts of a parameter's gradient, which is dropped."""
@@ -147,34 +115,27 @@ class CoefficientGradients:
         with _requiring(self.model, [parameter for parameter, _ in parameters]), torch.enable_grad():
             handles = []
             if self.free:
-                hook = torch.no_grad()(
-                    lambda p, names: table.add([take(p, names)], products[len(values), None], len(values))
-                )
+                hook = torch.no_grad()(lambda p, names: table.add(take(p, names), products))
                 handles = [
                     parameter.register_post_accumulate_grad_hook(lambda p, names=names: hook(p, names))
                     for parameter, names in parameters
                 ]
+            values = []
             try:
-                for number, losses in enumerate(sums, start=1):
-                    own = []
-                    for loss, share in losses:
-                        with around():
-                            own.append(self._backward(loss, share, bool(parameters)))
-                    with torch.no_grad():
-                        waiting.append({n: part for p, names in parameters for n, part in take(p, names).items()})
-                        if len(waiting) == at_once or number == len(sums):
-                            first = number - len(waiting)
-                            table.add(waiting, products[first:number], first)
-                            waiting.clear()
-                    values.append(own)
+                for loss, share in zip(losses, shares, strict=True):
+                    with around():
+                        values.append(self._backward(loss, share, bool(parameters)))
             finally:
                 for handle in handles:
                     handle.remove()
-        groups = [group_of[name] for name in held]
-        return [(value, _by_group(found, groups, recipe)) for value, found in zip(values, products, strict=True)]
+            with torch.no_grad():
+                table.add({n: part for p, names in parameters for n, part in take(p, names).items()}, products)
+        gradient = np.zeros((len(recipe.groups), len(recipe.experts)))
+        np.add.at(gradient, [group_of[name] for name in held], products)
+        return values, torch.from_numpy(gradient.T.copy())
 
-    def _table(self, plan: MergePlan, names: Sequence[str], count: int) -> Products:
-        """What takes the inner products of ``count`` gradients."""
+    def _table(self, plan: MergePlan, names: Sequence[str]) -> Products:
+        """What takes the inner products."""
         return Products(self.merger, plan, names)
 
     @staticmethod
@@ -233,47 +194,40 @@ class Products:
         self._number = {name: number for number, name in enumerate(names)}
         self._scales: dict[str, Sequence[float] | None] = {}
 
-    def add(self, gradients: Sequence[Mapping[str, Tensor]], out: Numbers, start: int) -> None:
-        """out[b, n] += (T,) <gradient, v_t> of each gradient b and tensor n that it has.
+    def add(self, gradients: Mapping[str, Tensor], out: Numbers) -> None:
+        """out[n] += (T,) <gradient, v_t> of each tensor n that has a gradient.
 
         Args:
-            gradients: B sets by the name of the tensor, each in its shape with any strides.
-            out: (B, N, T) float64.
-            start: the number of the sum that the first set is of; the others are of those after it.
+            gradients: by the name of the tensor, in its shape with any strides.
+            out: (N, T) float64.
         """
-        at_once: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, Place]]] = {}
-        for name in dict.fromkeys(name for one in gradients for name in one):
-            own = [one.get(name) for one in gradients]
-            place = self._place(name, [gradient for gradient in own if gradient is not None])
+        at_once: dict[tuple[torch.dtype, torch.dtype], list[tuple[str, Place, Tensor]]] = {}
+        for name, gradient in gradients.items():
+            place = self._place(name, gradient)
             if place is None:
-                for b, gradient in enumerate(own):
-                    if gradient is not None:
-                        out[b, self._number[name]] += self._of(name, gradient.reshape(-1))
-                continue
-            first = next(gradient for gradient in own if gradient is not None)
-            if all(gradient is None or gradient.is_contiguous() for gradient in own):
-                at_once.setdefault((first.dtype, place.dtype), []).append((name, place))
-            else:  # copies of one tensor at a time
-                self._add([(name, place)], [{name: g.contiguous()} if g is not None else {} for g in own], out)
+                out[self._number[name]] += self._of(name, gradient.reshape(-1))
+            elif gradient.is_contiguous():
+                at_once.setdefault((gradient.dtype, place.dtype), []).append((name, place, gradient))
+            else:  # a copy of one tensor at a time
+                self._add([(name, place, gradient.contiguous())], out)
         for found in at_once.values():
-            self._add(found, gradients, out)
+            self._add(found, out)
 
-    def _add(self, found: Sequence[tuple[str, Place]], gradients: Sequence[Mapping[str, Tensor]], out: Numbers) -> None:
+    def _add(self, found: Sequence[tuple[str, Place, Tensor]], out: Numbers) -> None:
         """The same by a compiled loop, of contiguous gradients."""
-        rows = [[one.get(name) for name, _ in found] for one in gradients]
-        scales = np.array([self._scales_of(name) for name, _ in found])
-        out[:, [self._number[name] for name, _ in found]] += scales * task_products([p for _, p in found], rows)
+        names, places, gradients = zip(*found, strict=True)
+        scales = np.array([self._scales_of(name) for name in names])
+        out[[self._number[name] for name in names]] += scales * task_products(places, gradients)
 
-    def _place(self, name: str, gradients: Sequence[Tensor]) -> Place | None:
+    def _place(self, name: str, gradient: Tensor) -> Place | None:
         """Where the task vectors lie that a compiled loop can take; else None."""
-        types = {gradient.dtype for gradient in gradients}
-        if len(types) > 1 or not types <= set(fused.WIDENED) or not self._compiled(name, *gradients):
+        if gradient.dtype not in fused.WIDENED or not self._compiled(name, gradient):
             return None
         return self.merger.task_vectors.place(name)
 
-    def _compiled(self, name: str, *gradients: Tensor) -> bool:
+    def _compiled(self, name: str, gradient: Tensor) -> bool:
         """Are directions task vectors of dense experts on the CPU?"""
-        here = fused.kernels() is not None and self.merger.device == "cpu" and fused.on_cpu(*gradients)
+        here = fused.kernels() is not None and self.merger.device == "cpu" and fused.on_cpu(gradient)
         return here and self._scales_of(name) is not None
 
     def _scales_of(self, name: str) -> Sequence[float] | None:
@@ -294,13 +248,6 @@ class Products:
         for start, t, vector in self.merger.directions(self.plan, name):
             found[t] += float(_inner_product(gradient, start, vector))
         return found
-
-
-def _by_group(products: Numbers, groups: Sequence[int], recipe: Recipe) -> Tensor:
-    """(T, G) from (N, T): the sums over each group's tensors, in their order."""
-    gradient = np.zeros((len(recipe.groups), len(recipe.experts)))
-    np.add.at(gradient, groups, products)
-    return torch.from_numpy(gradient.T.copy())
 
 
 def _inner_product(gradient: Tensor, start: int, vector: Tensor | LowRank) -> Tensor:

@@ -30,28 +30,24 @@ def lend(merger: Merger, recipe: Recipe, learned: Mapping[str, Any]) -> None:
 
 
 class LearnedGradients(CoefficientGradients):
-    """Gradients by a recipe's weights, and by the numbers that its learned method has: after each of its methods."""
+    """Gradients by a recipe's weights, and (after those) by the numbers that its learned method has."""
 
-    _numbers: list[dict[tuple[int, str], Tensor]]  # a sum: (t, tensor name) -> the gradient, float64 on the CPU
+    _numbers: dict[tuple[int, str], Tensor]  # (t, tensor name) -> the gradient, float64 on the CPU
 
     def by_numbers(self, tensors: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-        """(losses, size) the gradients by ``tensors``, a mapping an expert, one number after the other; (1, size) after
-        a sum of losses.
+        """(size,) the gradient by ``tensors``, a mapping an expert, one number after the other.
 
         Numbers that nothing depends on, such as those of tensors that are not in the model, have the gradient 0.
         """
-        places = [(t, name, numbers.size) for t, mapping in enumerate(tensors) for name, numbers in mapping.items()]
-        rows = np.zeros((len(self._numbers), sum(size for _, _, size in places)))
-        for row, found in zip(rows, self._numbers, strict=True):
-            place = 0
-            for t, name, size in places:
-                if (t, name) in found:
-                    row[place : place + size] = found[t, name].numpy()
-                place += size
-        return rows
+        found = [
+            self._numbers[t, name].numpy() if (t, name) in self._numbers else np.zeros(numbers.size)
+            for t, mapping in enumerate(tensors)
+            for name, numbers in mapping.items()
+        ]
+        return np.concatenate([np.zeros(0), *found])
 
-    def _table(self, plan: MergePlan, names: Sequence[str], count: int) -> Products:
-        self._numbers = [{} for _ in range(count)]
+    def _table(self, plan: MergePlan, names: Sequence[str]) -> Products:
+        self._numbers = {}
         return _Contractions(self.merger, plan, names, self._numbers)
 
 
@@ -59,21 +55,22 @@ class _Contractions(Products):
     """Takes those of the tensors that have learned numbers.
 
     Args:
-        found: for each sum, what is added to.
+        found: what is added to.
     """
 
-    def __init__(
-        self, merger: Merger, plan: MergePlan, names: Sequence[str], found: Sequence[dict[tuple[int, str], Tensor]]
-    ):
+    def __init__(self, merger: Merger, plan: MergePlan, names: Sequence[str], found: dict[tuple[int, str], Tensor]):
         super().__init__(merger, plan, names)
         self.found = found
 
-    def add(self, gradients: Sequence[Mapping[str, Tensor]], out: Numbers, start: int) -> None:
-        names = dict.fromkeys(name for one in gradients for name in one if self._method(name) is not None)
-        for name in names:
-            have = [b for b, one in enumerate(gradients) if name in one]
-            self._contract(name, [gradients[b][name] for b in have], have, out, start)
-        super().add([{n: g for n, g in one.items() if n not in names} for one in gradients], out, start)
+    def add(self, gradients: Mapping[str, Tensor], out: Numbers) -> None:
+        others = {}
+        for name, gradient in gradients.items():
+            method = self._method(name)
+            if method is None:
+                others[name] = gradient
+            else:
+                self._contract(method, name, gradient, out)
+        super().add(others, out)
 
     def _method(self, name: str) -> LearnedMethod | None:
         part, _, params = self.plan.of(name)
@@ -82,14 +79,11 @@ class _Contractions(Products):
             return method
         return None
 
-    def _contract(self, name: str, gradients: Sequence[Tensor], have: Sequence[int], out: Numbers, start: int) -> None:
+    def _contract(self, method: LearnedMethod, name: str, gradient: Tensor, out: Numbers) -> None:
         part, group, params = self.plan.of(name)
-        method, number = self._method(name), self._number[name]
-        assert method is not None
         for _, base, experts in self.merger.task_slices(self.plan, name):  # one: it takes whole tensors
             call = {"info": self.merger.infos[name], "state": part.state, **params}
-            for t, slopes, products in method.contract(base, experts, gradients, **call):
-                for b, slope, product in zip(have, slopes, products, strict=True):
-                    out[b, number, t] += product
-                    mine, known = slope.cpu().mul_(group.weights[t]), self.found[start + b].get((t, name))
-                    self.found[start + b][t, name] = mine if known is None else known.add_(mine)
+            for t, slopes, product in method.contract(base, experts, gradient, **call):
+                out[self._number[name], t] += product
+                mine, known = slopes.cpu().mul_(group.weights[t]), self.found.get((t, name))
+                self.found[t, name] = mine if known is None else known.add_(mine)

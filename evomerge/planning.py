@@ -259,7 +259,8 @@ def named_sources(spec: Spec, progress: Progress, recorded: Mapping[str, str]) -
 def statistics_needed(space: Space, spec: Spec) -> dict[str, str]:
     """Method -> the kind of statistics that it needs, of those methods of the space that need any, and whose are not
     what the search learns."""
-    learns = getattr(find_searcher(spec.search.method, spec.folder).searcher, "learns", None)
+    searcher = find_searcher(spec.search.method, spec.folder).searcher
+    learns = searcher.learns if issubclass(searcher, GradientSearcher) else None
     kinds = {name: find_method(name, spec.code_folder).method.statistics for name in space.all_methods}
     return {name: kind for name, kind in kinds.items() if kind is not None and kind != learns}
 

@@ -70,8 +70,8 @@ class Job:
     ``Evaluator.predictions``), batches (a list of [task, item ids]), learn (False: losses only), free (see
     ``CoefficientGradients``), experts (task -> place of its own expert, for losses that look at it). Where the recipe
     is merged by numbers that no file holds, ``learned`` has them: kind (of the statistics that they are) and tensors,
-    for each expert tensor name -> float64 array; their gradient is then wanted, too. With ``shares``, a number a batch,
-    gradients of share times loss are summed: cheaper than one by one.
+    for each expert tensor name -> float64 array; their gradient is then wanted, too. To learn there are ``shares``, a
+    number a batch: the gradient is that of the sum of share times loss.
     """
 
     key: str
@@ -92,11 +92,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class BatchGradient:
-    """The loss on one batch of a task's items, and its gradient by the weights of the recipe.
+    """The loss on one batch of a task's items; the first of a job's has the gradient of all by the recipe's weights.
 
-    ``gradient``: (groups * experts,), group by group; empty if only the loss was asked for. ``learned``: float64
-    numbers one after the other, the gradient by those that came with the job. Where they were summed over batches the
-    first of these has the sum, the others none.
+    ``gradient``: (groups * experts,), group by group; empty for the others, and if only losses were asked for.
+    ``learned``: float64 numbers one after the other, the gradient by those that came with the job.
     """
 
     task: str

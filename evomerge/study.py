@@ -66,9 +66,9 @@ def idle_workers(plan: Plan, count: int) -> str | None:
         return None
     if isinstance(make_searcher(plan.spec, plan.space), GradientSearcher):
         return (
-            f"{count} workers, but a step of the training keeps at most {most - 1} busy, beside one that evaluates: "
-            "the others help with controls and the finish only. A larger search.batch, or a smaller "
-            "evaluate.batch_size, gives them work."
+            f"{count} workers, but the search keeps at most {most} busy: the others help with controls and the finish "
+            "only. More search.parts share a step of the training out to more, as far as it has batches "
+            "(evaluate.batch_size items of a task at most)."
         )
     return (
         f"{count} workers, but searcher {plan.spec.search.method} has at most {most} candidates in evaluation at a "

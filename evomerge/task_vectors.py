@@ -98,23 +98,21 @@ def merge(places: Sequence[Place], weights: Sequence[Sequence[float]], outs: Seq
     torch.autograd.graph.increment_version(outs)  # a graph that has saved the old numbers must not use these
 
 
-def products(places: Sequence[Place], gradients: Sequence[Sequence[Tensor | None]]) -> Numbers:
-    """(B, K, T) float64: <g, tau_t> for K tensors and B gradients of each, in one pass over the sources.
+def products(places: Sequence[Place], gradients: Sequence[Tensor]) -> Numbers:
+    """(K, T) float64: <g, tau_t> of K tensors, in one pass over the sources.
 
     Each number is the same, to the bit, whatever else it is computed with.
 
     Args:
         places: K, all of one dtype.
-        gradients: B sets of K contiguous CPU tensors, all of one of the types in ``fused.WIDENED``; None for none.
+        gradients: K contiguous CPU tensors, all of one of the types in ``fused.WIDENED``.
     """
     from evomerge.methods import gradient_kernels
 
-    slope = next(gradient.dtype for row in gradients for gradient in row if gradient is not None)
-    found = np.zeros((len(gradients), len(places), len(places[0].experts)))
-    addresses = np.stack([fused.addresses(row) for row in gradients])
-    stored = _typed(places[0].dtype)
+    found = np.zeros((len(places), len(places[0].experts)))
+    slope, stored = _typed(gradients[0].dtype), _typed(places[0].dtype)
     gradient_kernels.task_products(
-        addresses, _bases(places), _experts(places), _counts(places), _typed(slope), stored, found
+        fused.addresses(gradients), _bases(places), _experts(places), _counts(places), slope, stored, found
     )
     return found
 
@@ -127,7 +125,7 @@ def slice_products(gradient: Tensor, base: Tensor, experts: Sequence[Tensor]) ->
         theta_0.data_ptr(), tuple(t.data_ptr() for t in alike), base.numel(), theta_0.dtype, (theta_0, *alike)
     )
     (slope,) = fused.alike([gradient], gradient.dtype if gradient.dtype == torch.float64 else torch.float32)
-    return products([place], [[slope]])[0, 0]
+    return products([place], [slope])[0]
 
 
 def _typed(dtype: torch.dtype) -> Numbers:

@@ -83,7 +83,8 @@ def recipe_at(worker: Worker, *weights: float) -> Recipe:
 
 def wanted(**changes: Any) -> dict[str, Any]:
     settings = {"loss": "entropy", "over": "answers", "batches": BATCHES, "learn": True, "free": False}
-    return {**settings, "experts": {"one": 0, "two": 1}, **changes}
+    asked = {**settings, "experts": {"one": 0, "two": 1}, **changes}
+    return {"shares": [1.0] * len(asked["batches"]), **asked}
 
 
 def of(worker: Worker, recipe: Recipe, **changes: Any):
@@ -93,13 +94,18 @@ def of(worker: Worker, recipe: Recipe, **changes: Any):
     return result.gradients
 
 
+def apart(worker: Worker, recipe: Recipe, **changes: Any):
+    """Each batch as a job of its own."""
+    return tuple(of(worker, recipe, batches=[batch], **changes)[0] for batch in BATCHES)
+
+
 AT = (0.3, 0.7, 1.1, 0.2)
 
 
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("loss", ["entropy", "cross_entropy", "kl_to_expert", "hidden_mse"])
 def test_gradients_are_group_by_group_and_those_of_central_differences(worker, loss, free):
-    found = of(worker, recipe_at(worker, *AT), loss=loss, free=free)
+    found = apart(worker, recipe_at(worker, *AT), loss=loss, free=free)
     assert [one.task for one in found] == ["one", "two", "one"]
     step = 2e-2
     for place in range(4):
@@ -116,22 +122,22 @@ def test_gradients_are_group_by_group_and_those_of_central_differences(worker, l
 def test_a_batch_has_the_same_bits_alone_and_after_anything_else(worker):
     recipe = recipe_at(worker, *AT)
     for loss in ("entropy", "kl_to_expert", "hidden_mse"):
-        whole = of(worker, recipe, loss=loss)
+        whole, alone = of(worker, recipe, loss=loss), apart(worker, recipe, loss=loss)
         worker.evaluate(Job("t", 1, recipe_at(worker, 1, 1, 1, 1).to_dict(), IDS))
         worker._losses = None
-        for batch, one in zip(BATCHES, whole, strict=True):
-            assert of(worker, recipe, loss=loss, batches=[batch]) == (one,)
+        assert [one.loss for one in whole] == [one.loss for one in alone]
+        assert apart(worker, recipe, loss=loss) == alone and of(worker, recipe, loss=loss) == whole
 
 
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("loss", ["entropy", "kl_to_expert"])
-def test_with_shares_the_first_has_the_gradient_of_the_sum(worker, loss, free):
+def test_the_first_of_a_jobs_batches_has_the_gradient_of_the_sum(worker, loss, free):
     recipe, shares = recipe_at(worker, *AT), [0.5, 0.125, 0.375]
-    apart = of(worker, recipe, loss=loss)
+    alone = apart(worker, recipe, loss=loss)
     first, *others = summed = of(worker, recipe, loss=loss, free=free, shares=shares)
-    assert [(one.task, one.loss) for one in summed] == [(one.task, one.loss) for one in apart]
+    assert [(one.task, one.loss) for one in summed] == [(one.task, one.loss) for one in alone]
     assert [one.gradient for one in others] == [(), ()]
-    expected = np.array(shares) @ np.array([one.gradient for one in apart])
+    expected = np.array(shares) @ np.array([one.gradient for one in alone])
     np.testing.assert_allclose(first.gradient, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -176,10 +182,10 @@ def worker_seed(worker: Worker):
     return lambda: _seeded(worker.spec.seed)
 
 
-@pytest.mark.parametrize("asked", [{}, {"learn": False}, {"shares": [0.5, 0.25, 0.25]}], ids=str)
-def test_a_loss_that_is_no_number_names_its_task(worker, monkeypatch, asked):
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_loss_that_is_no_number_names_its_task(worker, monkeypatch, learn):
     monkeypatch.setattr(worker.evaluator, "broken", "two3")
-    result = worker.evaluate(Job("gradient:3", 1, recipe_at(worker, *AT).to_dict(), (), wanted(**asked)))
+    result = worker.evaluate(Job("gradient:3", 1, recipe_at(worker, *AT).to_dict(), (), wanted(learn=learn)))
     assert result.gradients is None and result.failure is not None
     assert (result.failure.kind, result.failure.reason) == ("nan", "task two: the loss is nan")
     assert torch.is_grad_enabled() and np.isfinite(of(worker, recipe_at(worker, *AT), batches=BATCHES[:1])[0].loss)
@@ -198,6 +204,7 @@ def test_a_loss_of_the_users_own_is_found_beside_the_experiment(worker: Worker, 
     point = recipe_at(worker, *AT)
     mine = losses.of(point, wanted(loss="mine.py@twice"))
     own = losses.of(point, wanted(loss="cross_entropy"))
+    assert mine[0].gradient
     for found, half in zip(mine, own, strict=True):
         assert found.loss == pytest.approx(2 * half.loss, rel=1e-6)
         assert found.gradient == pytest.approx([2 * g for g in half.gradient], rel=1e-4, abs=1e-9)

@@ -325,10 +325,18 @@ def test_micro_batches_add(mixed: Path, free: bool):
     gradients = CoefficientGradients(Merger(open_sources(recipe)), model, free=free)
     parts = [loss_of(model, TOKENS[:1]), loss_of(model, TOKENS[1:])]
     losses, found = zip(*(gradients.of(part, recipe) for part in parts), strict=True)
-    for both in (parts, lambda: parts[0]() + parts[1]()):
-        loss, together = gradients.of(both, recipe)
-        assert loss == pytest.approx(sum(losses), rel=1e-12)
-        torch.testing.assert_close(together, found[0] + found[1], rtol=1e-10, atol=1e-12)
+    values, apart = gradients.together(parts, [1.0, 1.0], recipe)
+    assert tuple(values) == losses
+    loss, together = gradients.of(lambda: parts[0]() + parts[1](), recipe)
+    assert loss == pytest.approx(sum(losses), rel=1e-12)
+    # Powers of two: the model's norms round what flows back through them to float32.
+    _, weighed = gradients.together(parts, [0.25, 4.0], recipe)
+    for summed, expected in (
+        (apart, found[0] + found[1]),
+        (together, found[0] + found[1]),
+        (weighed, 0.25 * found[0] + 4 * found[1]),
+    ):
+        torch.testing.assert_close(summed, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_freed_gradients_are_gone_before_the_next_comes(mixed: Path):

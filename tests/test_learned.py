@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_study import Crash, ShuffledPool, die, run, scores, trajectory, write  # noqa: F401
-from test_training import GRADIENTS, learned
+from test_training import GRADIENTS, die_at, learned
 
 from evomerge.collected import open_collected
 from evomerge.errors import CheckpointError, StudyError, UserError
@@ -38,7 +38,7 @@ def drawn_to(job: Job) -> Result:
     weights = np.array([w for group in job.recipe["groups"] for w in group["weights"].values()])
     numbers = np.concatenate([v for tensors in job.gradient["learned"]["tensors"] for v in tensors.values()])
     found = []
-    shares = job.gradient.get("shares") or [1.0] * len(job.gradient["batches"])
+    shares = job.gradient.get("shares", [0.0] * len(job.gradient["batches"]))  # none where nothing is learned
     for (task, items), share in zip(job.gradient["batches"], shares, strict=True):
         draws = [np.random.default_rng(zlib.crc32(item.encode())) for item in items]
         away = weights - np.mean([draw.normal(0.4, 0.1, len(weights)) for draw in draws], axis=0)
@@ -152,16 +152,7 @@ def test_a_driver_that_dies_around_any_store_write_learns_on_as_if_it_had_not(wr
     monkeypatch.setattr("evomerge.training.SAVE_SECONDS", -1.0)  # a write a step
     path = write_learned(method)
     whole = run(path, LearnedPool(), store="whole.db")
-    crashes = 0
-    for step in range(2, 34):
-        die(step)
-        try:
-            run(path, LearnedPool(2, order_seed=step), store="crashed.db")
-        except Crash:
-            crashes += 1
-    die(10**9)
-    resumed = run(path, LearnedPool(2), store="crashed.db")
-    assert crashes >= 9
+    resumed = die_at(range(2, 34), path, die, lambda write: LearnedPool(2, order_seed=write), at_least=9)
     assert trajectory(resumed) == trajectory(whole)
     assert learned(resumed) == learned(whole)
     assert recipes(resumed) == recipes(whole) and scores(resumed) == scores(whole)

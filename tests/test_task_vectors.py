@@ -77,31 +77,27 @@ def test_merges_have_the_bits_of_the_plain_way(
 def test_gradients_are_those_of_the_plain_way(folder: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = recipe_of(folder, Group((0.3, 0.7), (0, 2)), Group((0.5, 0.25), (2, 4)))
     model = resident(folder)
-    merger = Merger(open_sources(recipe))
-    found = CoefficientGradients(merger, model, free=False).each(losses(model), recipe)
+    gradients = CoefficientGradients(Merger(open_sources(recipe)), model, free=False)
+    found = [gradients.of(loss, recipe) for loss in losses(model)]
     with fused.plain():
-        plain = CoefficientGradients(merger, model, free=False).each(losses(model), recipe)
+        plain = [gradients.of(loss, recipe) for loss in losses(model)]
     with monkeypatch.context() as patched:
         patched.setattr(TaskVectors, "place", lambda *_: None)
-        sliced = CoefficientGradients(merger, model, free=False).each(losses(model), recipe)
+        sliced = [gradients.of(loss, recipe) for loss in losses(model)]
     for (loss, gradient), *others in zip(found, plain, sliced, strict=True):
         for other_loss, other in others:
             assert loss == other_loss
             torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12 * float(gradient.abs().max()))
 
 
-def test_a_gradient_does_not_depend_on_how_many_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_gradient_has_the_same_bits_kept_and_freed(folder: Path):
     recipe = recipe_of(folder, Group((0.3, 0.7)))
     model = resident(folder)
     merger = Merger(open_sources(recipe))
-    wanted = losses(model)
-    alone = [CoefficientGradients(merger, model, free=True).of(loss, recipe) for loss in wanted]
-    for room in (0, 2**30):
-        monkeypatch.setattr("evomerge.gradients.KEPT_BYTES", room)
-        for free in (False, True):
-            found = CoefficientGradients(merger, model, free=free).each(wanted, recipe)
-            for (loss, gradient), (own_loss, own) in zip(found, alone, strict=True):
-                assert loss == own_loss and torch.equal(gradient, own)
+    kept, freed = (CoefficientGradients(merger, model, free=free) for free in (False, True))
+    for loss in losses(model):
+        (value, gradient), (own_value, own) = (gradients.of(loss, recipe) for gradients in (kept, freed))
+        assert value == own_value and torch.equal(gradient, own)
 
 
 def test_the_merge_shows_in_the_version_of_a_parameter(folder: Path):

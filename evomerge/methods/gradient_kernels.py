@@ -16,34 +16,29 @@ from evomerge.methods.kernels import SIZE, compiled, pointer, widened
 
 @compiled
 def task_products(gradients, bases, experts, counts, slope, stored, out):
-    """out[b, k, t] += <g_bk, theta_kt - theta_k0>, of B gradients, K tensors and T experts; each source is read once.
+    """out[k, t] += <g_k, theta_kt - theta_k0>, of K tensors and T experts; each source is read once.
 
     The difference is one in the arithmetic type, product and sum are in float64. What is added to a number of ``out``
     depends on its own gradient and tensors alone.
 
     Args:
-        gradients: (B, K) addresses of contiguous entries of the type of ``slope``; 0 for none.
+        gradients: (K,) addresses of contiguous entries of the type of ``slope``.
         bases: (K,) addresses of entries of the type of ``stored``.
         experts: (K, T) as the bases; 0 where an expert leaves the tensor alone.
         counts: (K,) how many entries.
         slope, stored: arrays whose types count: uint16 for bfloat16, float32 or float64.
-        out: (B, K, T) float64.
+        out: (K, T) float64.
     """
-    rows, tau = np.empty((len(gradients), SIZE)), np.empty(SIZE)
+    row, tau = np.empty(SIZE), np.empty(SIZE)
     for k in range(len(bases)):
         for start in range(0, counts[k], SIZE):
             n = min(SIZE, counts[k] - start)
             theta_0 = carray(pointer(bases[k] + start * stored.itemsize, stored), n)
-            for b in range(len(gradients)):
-                if gradients[b, k] != 0:
-                    _widen(carray(pointer(gradients[b, k] + start * slope.itemsize, slope), n), rows[b])
+            _widen(carray(pointer(gradients[k] + start * slope.itemsize, slope), n), row)
             for t in range(experts.shape[1]):
-                if experts[k, t] == 0:
-                    continue
-                _subtract(carray(pointer(experts[k, t] + start * stored.itemsize, stored), n), theta_0, tau)
-                for b in range(len(gradients)):
-                    if gradients[b, k] != 0:
-                        out[b, k, t] += _dot(rows[b], tau, n)
+                if experts[k, t] != 0:
+                    _subtract(carray(pointer(experts[k, t] + start * stored.itemsize, stored), n), theta_0, tau)
+                    out[k, t] += _dot(row, tau, n)
 
 
 @compiled

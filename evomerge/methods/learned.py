@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, final
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import MethodError
-from evomerge.methods import masks
 from evomerge.methods.arithmetic import TASK_WEIGHT, add_low_rank, add_to_base, weighted_sum
 from evomerge.methods.base import (
     LowRank,
@@ -32,6 +31,7 @@ from evomerge.methods.base import (
 )
 from evomerge.methods.basic import TaskArithmetic
 from evomerge.methods.decompositions import SVD, svd
+from evomerge.methods.masks import Kept
 from evomerge.methods.matrices import INNER
 from evomerge.methods.statistics import Statistics
 from evomerge.methods.symmetric import rows_of_block
@@ -47,18 +47,11 @@ MATRICES = Param(
 )
 
 
-@dataclass
-class Kept:
-    """Decompositions of task vectors by tensor and expert, as many as there is room for."""
+class Decompositions(Kept):
+    """Those of task vectors, by tensor and expert."""
 
-    by_place: dict[tuple[str, int], SVD] = field(default_factory=dict)
-    num_bytes: int = 0
-
-    def add(self, name: str, t: int, triples: SVD) -> None:
-        size = sum(part.nbytes for part in triples)
-        if self.num_bytes + size <= masks.MOST_BYTES:
-            self.by_place[name, t] = triples
-            self.num_bytes += size
+    def of(self, name: str, t: int, find: Callable[[], SVD]) -> SVD:
+        return self._find((name, t), find, lambda triples: sum(part.nbytes for part in triples))
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class Numbers:
     """The learned numbers of T experts, and what their method keeps from one set of them to the next."""
 
     of: Statistics
-    kept: Kept | None = None
+    kept: Decompositions | None = None
 
 
 class LearnedMethod(Method):
@@ -176,19 +169,18 @@ class LearnedMethod(Method):
         self,
         base: Tensor,
         experts: Sequence[Tensor | LowRank],
-        gradients: Sequence[Tensor],
+        gradient: Tensor,
         *,
         info: TensorInfo,
         state: Numbers,
         **params: Any,
-    ) -> Iterator[tuple[int, list[Tensor], list[float]]]:
-        """(t, r_t of each gradient, <gradient, f_t> of each), r_t the gradient by expert t's numbers at weight 1:
-        (count,), float64.
+    ) -> Iterator[tuple[int, Tensor, float]]:
+        """(t, r_t, <gradient, f_t>), r_t the gradient by expert t's numbers at weight 1: (count,), float64.
 
         Of a tensor that ``takes`` agrees to; experts without a task vector are left out.
 
         Args:
-            gradients: of several losses dL / d merged tensor, of its shape.
+            gradient: dL / d merged tensor, of its shape.
         """
         values = check_params(self.name, self, params)
         if not self.takes(info, values["matrices"]):
@@ -198,8 +190,8 @@ class LearnedMethod(Method):
             if expert is not base:
                 numbers = self._numbers(t, info, state, dtype, base.device)
                 tau = expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
-                slopes = [self.slopes(tau, gradient, numbers, t, info, state) for gradient in gradients]
-                yield t, slopes, [float(slope @ numbers.to(torch.float64)) for slope in slopes]
+                slopes = self.slopes(tau, gradient, numbers, t, info, state)
+                yield t, slopes, float(slopes @ numbers.to(torch.float64))
 
     def _vector(
         self, base: Tensor, expert: Any, t: int, dtype: torch.dtype, info: TensorInfo, state: Numbers
@@ -297,7 +289,7 @@ class AdaRank(LearnedMethod):
 
     def renew(self, state: Numbers, sources: SourceIterable, statistics: Any, **fixed: Any) -> Numbers:
         """With the decompositions kept, which a single merge would keep for nothing."""
-        return Numbers(statistics, state.kept or Kept())
+        return Numbers(statistics, state.kept or Decompositions())
 
     def changed(
         self, tau: Tensor | LowRank, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
@@ -329,9 +321,4 @@ class AdaRank(LearnedMethod):
 
     @staticmethod
     def _decomposed(tau: Tensor | LowRank, t: int, info: TensorInfo, state: Numbers, dtype: torch.dtype) -> SVD:
-        kept = None if state.kept is None else state.kept.by_place.get((info.name, t))
-        if kept is None:
-            kept = svd(tau, dtype)
-            if state.kept is not None:
-                state.kept.add(info.name, t, kept)
-        return kept
+        return svd(tau, dtype) if state.kept is None else state.kept.of(info.name, t, lambda: svd(tau, dtype))

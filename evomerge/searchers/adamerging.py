@@ -17,7 +17,7 @@ from evomerge import descent
 from evomerge.errors import CandidateError, SpecError
 from evomerge.params import Param
 from evomerge.plugins import LOSS
-from evomerge.searchers.base import GradientSearcher, Point, Searcher, SearcherDrift
+from evomerge.searchers.base import GradientSearcher, Point
 
 OWN_EXPERTS = ("kl_to_expert", "hidden_mse")  # losses that look at each task's own expert
 LOSSES = ("entropy", "cross_entropy", *OWN_EXPERTS)  # those of evomerge.losses, which needs torch
@@ -158,14 +158,6 @@ class AdaMergingSearcher(GradientSearcher):
         except CandidateError as error:
             self._failure = reason_of(error)
         return self._point()
-
-    def replay(self, n: int, point: Point) -> None:
-        """Where a state was restored nothing is trained again: the last proposal must be the state's."""
-        goal = n * self.options["every"]
-        if self._failure is None and goal > self._state.step:
-            Searcher.replay(self, n, point)
-        elif goal == self._state.step and point != self._point():
-            raise SearcherDrift(n, self._point(), point)
 
     def loss_options(self) -> dict[str, Any]:
         return {key: self.options[key] for key in ("loss", "over")} | {"free": self.options["gradients"] == "free"}

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from evomerge.objectives import Merit, merit, violation
 from evomerge.params import Param
 
 if TYPE_CHECKING:
+    from evomerge.descent import Chain
     from evomerge.learned import Layout
     from evomerge.pools import BatchGradient
     from evomerge.space import Space
@@ -309,6 +311,12 @@ class GradientSearcher(Searcher):
         """The point with ``values`` (dims,), in the order of the space's dimensions."""
         return dict(zip((d.name for d in self.space.dimensions), values.tolist(), strict=True))
 
+    @cached_property
+    def _chain(self) -> Chain:
+        from evomerge.descent import Chain
+
+        return Chain(self.space)
+
     def gradient(
         self, step: int, values: np.ndarray, items: Mapping[str, Sequence[str]], *, learn: bool = True
     ) -> tuple[float, np.ndarray, dict[str, float]]:
@@ -327,22 +335,21 @@ class GradientSearcher(Searcher):
             CandidateError: of kind nan, if a loss or a gradient is not finite.
             Interrupted: the user asked to stop.
         """
-        from evomerge import descent
+        from evomerge.descent import pieces
 
         assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
-        batches = [(task, piece) for task, ids in items.items() for piece in descent.pieces(ids, self.oracle.piece)]
+        batches = [(task, piece) for task, ids in items.items() for piece in pieces(ids, self.oracle.piece)]
         dims = len(values) if self.learns is None else len(self.space.dimensions)
         more = {} if self.learns is None else {"numbers": values[dims:]}
         parts = [len(piece) / len(items[task]) for task, piece in batches]  # of a task's items
         counts = [self.oracle.weights[task] * part for (task, _), part in zip(batches, parts, strict=True)]
         shares = [count / math.fsum(counts) for count in counts]
         found = self.oracle.gradients(step, self.named(values[:dims]), batches, shares=shares, learn=learn, **more)
-        chain, by_task = descent.Chain(self.space), dict.fromkeys(items, 0.0)
-        loss, gradient = 0.0, np.zeros(len(values))
+        loss, gradient, by_task = 0.0, np.zeros(len(values)), dict.fromkeys(items, 0.0)
         for one, (task, _), part, share in zip(found, batches, parts, shares, strict=True):
             by_task[task] += one.loss * part
             loss += one.loss * share
             if one.gradient:
-                gradient[:dims] += chain.to_dimensions(one.gradient)
+                gradient[:dims] += self._chain.to_dimensions(one.gradient)
                 gradient[dims:] += np.frombuffer(one.learned)
         return loss, gradient, by_task

@@ -72,6 +72,11 @@ def default_sigma(num_dimensions: int) -> float:
     return min(0.25, 0.4 / math.sqrt(num_dimensions))
 
 
+def default_population(num_dimensions: int) -> int:
+    """Trials in a generation: 4 + floor(3 ln(dimensions)) (Hansen, arXiv:1604.00772)."""
+    return 4 + int(3 * math.log(num_dimensions))
+
+
 def squash(x: np.ndarray) -> np.ndarray:
     """[-MARGIN, 1 + MARGIN] onto [0, 1], monotone and smooth: the identity between MARGIN and 1 - MARGIN."""
     low, high = (x + MARGIN) ** 2 / (4 * MARGIN), 1 - (1 + MARGIN - x) ** 2 / (4 * MARGIN)
@@ -154,7 +159,7 @@ class CMASearcher(Searcher):
         self._asked: dict[int, tuple[int, np.ndarray]] = {}  # open proposals: n -> (run, pycma's point)
         self._generation: list[tuple[Told, np.ndarray]] = []  # trials of the current run told since its last update
         self._runs: list[tuple[Run, int]] = []  # those that have ended, with their numbers of trials
-        self._current = Run(self.options["population"] or 4 + int(3 * math.log(len(self._names))), self._sigma())
+        self._current = Run(self.options["population"] or default_population(len(self._names)), self._sigma())
         self._trials = 0  # told in the current run
         self._whole = WholeNumbers(space.dimensions, lambda x: squash(np.clip(x, -MARGIN, 1 + MARGIN)), unsquash)
         self._still = 0, [math.nan]  # generations since the mean's whole numbers changed, and these

@@ -3,15 +3,15 @@
 A gradient goes far in many dimensions, but on a loss; CMA-ES follows the score itself, but needs candidates by the
 number of dimensions. The first gives the second where to begin and which directions matter: near its minimum the loss
 is about 1/2 (x - x0)' H (x - x0), and a distribution whose covariance is the inverse of H makes the same change of the
-loss in every direction (Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv:1604.00772, section 0.1: the optimal
-covariance is the inverse Hessian up to a factor). The score has another minimum than the loss, but what a weight does
+loss in every direction (Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv:1604.00772: the optimal covariance
+is the inverse Hessian up to a factor). The score has another minimum than the loss, but what a weight does
 to the model it does to both.
 
 H comes from products with it, each the difference of two gradients on the same items, by the inner products of all
 other steps: of every dimension where there are no more of them than products, else its diagonal, estimated from random
-signs (Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix", Applied Numerical Mathematics 57,
-equation 4). What has no curvature, or a negative one (the loss is not convex, the sample small), counts by its size, as
-in saddle-free Newton (Dauphin et al. 2014, arXiv:1406.2572, section 5), and no direction for less than 1/100 of the
+signs (Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix", Applied Numerical Mathematics
+57). What has no curvature, or a negative one (the loss is not convex, the sample small), counts by its size, as
+in saddle-free Newton (Dauphin et al. 2014, arXiv:1406.2572), and no direction for less than 1/100 of the
 most curved one.
 """
 
@@ -27,8 +27,8 @@ from evomerge import descent
 from evomerge.errors import CandidateError
 from evomerge.params import Param
 from evomerge.searchers.adamerging import AdaMergingSearcher, reason_of
-from evomerge.searchers.base import Point, Searcher, SearcherDrift, Told, keyed_generator
-from evomerge.searchers.cma import CMASearcher, default_sigma
+from evomerge.searchers.base import Point, Searcher, Told, keyed_generator
+from evomerge.searchers.cma import CMASearcher, default_population, default_sigma
 
 REACH = 0.02  # of a range: how far apart from the centre the two gradients of a difference are
 CONDITION = 100.0  # the most that variances may differ by
@@ -127,6 +127,10 @@ class HybridSearcher(AdaMergingSearcher):
         return self._descended + self.options["candidates"]
 
     @property
+    def _population(self) -> int:
+        return self.options["population"] or default_population(len(self._names))
+
+    @property
     def size(self) -> int:
         return super().size + self.options["candidates"] + self.options["refine"] // self.options["every"]
 
@@ -158,8 +162,7 @@ class HybridSearcher(AdaMergingSearcher):
         return first + max(0, self._cma.needs(n - first + self._given) - self._given)
 
     def at_once(self, budget: int) -> int:
-        population = self._make_cma(dict(self.starts[0]), None).population
-        return max(1, min(population, self.options["candidates"]))
+        return min(self._population, self.options["candidates"])
 
     def failure(self, n: int) -> str | None:
         if n < self._descended:
@@ -188,14 +191,10 @@ class HybridSearcher(AdaMergingSearcher):
         return self._refine(self._goal(n))
 
     def replay(self, n: int, point: Point) -> None:
-        if n < self._descended:
-            super().replay(n, point)
-        elif n < self._searched or self._refined is None or self._goal(n) > self._refined.step:
+        if self._descended <= n < self._searched:  # CMA-ES has no state but what it was asked and told
             Searcher.replay(self, n, point)
-        elif self._goal(n) == self._refined.step:
-            again = self._refine(self._goal(n))
-            if again != point:
-                raise SearcherDrift(n, again, point)
+        else:
+            super().replay(n, point)
 
     def recommend(self) -> Point | None:
         """The mean of CMA-ES's distribution."""
@@ -224,26 +223,25 @@ class HybridSearcher(AdaMergingSearcher):
             self.curve = []
         order = sorted(self._told.values(), key=lambda trial: (trial.merit, -trial.n), reverse=True)
         best = dict(order[0].point) if order and order[0].usable else dict(self.starts[0])
-        shape = self._shape(np.array([best[name] for name in self._names]))
-        cma = self._make_cma(best, shape)
         known: dict[tuple[float, ...], Told] = {}
         for trial in [*order[:1], *sorted(order[1:], key=lambda trial: -trial.n)]:
             if trial.usable:
                 known.setdefault(tuple(map(float, trial.point.values())), trial)
-        told = list(known.values())[: max(1, cma.population // 2)]
-        cma = self._make_cma(best, shape, [dict(trial.point) for trial in told])
+        told = list(known.values())[: max(1, self._population // 2)]
+        cma = CMASearcher(
+            self.space,
+            seed=self.seed,
+            starts=[dict(trial.point) for trial in told] or [best],
+            shape=self._shape(np.array([best[name] for name in self._names])),
+            sigma=self.options["sigma"] or default_sigma(len(self._names)) / 2,
+            population=self._population,
+            covariance=self.options["covariance"],
+        )
         for n, trial in enumerate(told):
             cma.ask(n)
             cma.tell(replace(trial, n=n))
         self._given = len(told)
         return cma
-
-    def _make_cma(self, start: Point, shape: np.ndarray | None, starts: Sequence[Point] = ()) -> CMASearcher:
-        options = {key: self.options[key] for key in ("population", "covariance")}
-        sigma = self.options["sigma"] or default_sigma(len(self._names)) / 2
-        return CMASearcher(
-            self.space, seed=self.seed, starts=list(starts) or [start], shape=shape, sigma=sigma, **options
-        )
 
     def _shape(self, values: np.ndarray) -> np.ndarray | None:
         """See ``shape_of``; in shares of the ranges, around ``values`` (dims,)."""

@@ -147,12 +147,22 @@ def make_job(spec: WorkerSpec, n: int, *items: str, attempt: int = 1) -> Job:
 
 BATCHES = (("words", ("alpha", "bravo")), ("words", ("carol",)), ("words", ("delta", "eager", "fable")))
 
+SHARES = [0.25, 0.25, 0.5]
+
 
 def make_gradient_job(spec: WorkerSpec, n: int, *, free: bool, batches: Sequence[Any] = BATCHES) -> Job:
-    """The recipe of job ``n`` and gradients of the entropy of the next letter, for each batch of words."""
-    wanted = {"loss": "entropy", "over": "answers", "learn": True, "free": free, "experts": {"words": 0}}
+    """The recipe of job ``n`` and the gradient of the entropy of the next letter, of all batches of words."""
+    wanted: dict[str, Any] = {
+        "loss": "entropy",
+        "over": "answers",
+        "learn": True,
+        "free": free,
+        "experts": {"words": 0},
+    }
     listed = [[task, list(words)] for task, words in batches]
-    return dataclasses.replace(make_job(spec, n), key=f"gradient:{n}", gradient={**wanted, "batches": listed})
+    return dataclasses.replace(
+        make_job(spec, n), key=f"gradient:{n}", gradient={**wanted, "batches": listed, "shares": SHARES[: len(listed)]}
+    )
 
 
 def _source(source: Mapping[str, str]) -> Source:
@@ -271,20 +281,17 @@ class PoolContract:
 
     @pytest.mark.parametrize("free", [False, True])
     def test_gradients_are_those_of_a_worker_in_this_process_bit_for_bit(self, pool, spec, worker, works, free):
-        """Of a batch, whatever other batches come with it: so they may be split over any number of workers."""
+        """Of one batch and of several: so the parts of a step may be split over any number of workers."""
         for n in range(2):
-            expected = worker.evaluate(make_gradient_job(spec, n, free=free)).gradients
-            assert [one.task for one in expected] == [task for task, _ in BATCHES]
-            assert all(any(one.gradient) for one in expected)
-            shares = [BATCHES, BATCHES[:1], BATCHES[1:]]
-            found = []
-            for share in shares:
-                job = make_gradient_job(spec, n, free=free, batches=share)
+            for part in (BATCHES, BATCHES[:1], BATCHES[1:]):
+                job = make_gradient_job(spec, n, free=free, batches=part)
+                expected = worker.evaluate(job).gradients
+                assert [one.task for one in expected] == [task for task, _ in part]
+                assert any(expected[0].gradient)
                 pool.submit(job)
                 (result,) = collect(pool, 1)
                 assert (result.key, result.outcomes, result.failure) == (job.key, None, None)
-                found.append(result.gradients)
-            assert found == [expected, expected[:1], expected[1:]]
+                assert result.gradients == expected
         works()
 
     @pytest.mark.parametrize(

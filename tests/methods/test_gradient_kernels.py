@@ -13,18 +13,15 @@ kernels = pytest.importorskip("evomerge.methods.gradient_kernels", reason="numba
 WIDE = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
 
 
-def products(
-    gradients: list[list[Tensor | None]], bases: list[Tensor], experts: list[list[Tensor | None]]
-) -> np.ndarray:
-    """(B, K, T), added to 0.5."""
-    found = np.full((len(gradients), len(bases), len(experts[0])), 0.5)
-    slope = next(gradient for row in gradients for gradient in row if gradient is not None)
+def products(gradients: list[Tensor], bases: list[Tensor], experts: list[list[Tensor | None]]) -> np.ndarray:
+    """(K, T), added to 0.5."""
+    found = np.full((len(bases), len(experts[0])), 0.5)
     kernels.task_products(
-        np.stack([fused.addresses(row) for row in gradients]),
+        fused.addresses(gradients),
         fused.addresses(bases),
         np.stack([fused.addresses(row) for row in experts]),
         np.array([base.numel() for base in bases]),
-        fused.array(slope),
+        fused.array(gradients[0]),
         fused.array(bases[0]),
         found,
     )
@@ -42,36 +39,34 @@ def test_products_with_task_vectors(dtype: torch.dtype, slope: torch.dtype):
 
     bases = [drawn(size, dtype) for size in sizes]
     experts: list[list[Tensor | None]] = [[drawn(size, dtype) for _ in range(3)] for size in sizes]
-    gradients: list[list[Tensor | None]] = [[drawn(size, slope) for size in sizes] for _ in range(2)]
-    experts[2][1], gradients[1][3] = None, None  # nothing is added
+    gradients = [drawn(size, slope) for size in sizes]
+    experts[2][1] = None  # nothing is added
     found = products(gradients, bases, experts)
-    for b, k, t in np.ndindex(found.shape):
-        gradient, expert = gradients[b][k], experts[k][t]
-        if gradient is None or expert is None:
-            assert found[b, k, t] == 0.5
+    for k, t in np.ndindex(found.shape):
+        expert = experts[k][t]
+        if expert is None:
+            assert found[k, t] == 0.5
             continue
-        terms = gradient.double() * (expert.to(WIDE[dtype]) - bases[k].to(WIDE[dtype])).double()
-        assert abs(found[b, k, t] - 0.5 - float(terms.sum())) <= 1e-14 * float(terms.abs().sum()) + 1e-15
+        terms = gradients[k].double() * (expert.to(WIDE[dtype]) - bases[k].to(WIDE[dtype])).double()
+        assert abs(found[k, t] - 0.5 - float(terms.sum())) <= 1e-14 * float(terms.abs().sum()) + 1e-15
 
 
 def test_a_product_does_not_depend_on_what_else_there_is():
     draws = torch.Generator().manual_seed(4)
     sizes = (700, 5000)
-    bases = [torch.randn(size, generator=draws) for size in sizes]
+    bases, gradients = ([torch.randn(size, generator=draws) for size in sizes] for _ in range(2))
     experts: list[list[Tensor | None]] = [[torch.randn(size, generator=draws) for _ in range(3)] for size in sizes]
-    gradients: list[list[Tensor | None]] = [[torch.randn(size, generator=draws) for size in sizes] for _ in range(5)]
     found = products(gradients, bases, experts)
-    for b, k, t in np.ndindex(found.shape):
-        alone = products([[gradients[b][k]]], [bases[k]], [[experts[k][t]]])
-        assert alone[0, 0, 0] == found[b, k, t]
+    for k, t in np.ndindex(found.shape):
+        assert products([gradients[k]], [bases[k]], [[experts[k][t]]])[0, 0] == found[k, t]
 
 
 def test_without_experts_nothing_is_added():
-    assert products([[torch.ones(3)]], [torch.ones(3)], [[]]).shape == (1, 1, 0)
+    assert products([torch.ones(3)], [torch.ones(3)], [[]]).shape == (1, 0)
 
 
 def test_numbers_that_are_not_finite_show():
     gradient = torch.tensor([float("nan"), 1.0])
-    assert np.isnan(products([[gradient]], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
+    assert np.isnan(products([gradient], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
     infinite = torch.tensor([float("inf"), 1.0])
-    assert np.isinf(products([[infinite]], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
+    assert np.isinf(products([infinite], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()

@@ -126,6 +126,7 @@ def test_a_state_that_went_through_json_goes_on_with_the_same_bits(steps, option
     except Killed:
         state, curve = json.loads(json.dumps([broken.state(), broken.curve]))
     again = ready(space, **options)
+    again.restored = n  # as the study says
     again.restore(state, curve)
     for earlier in range(n):
         again.replay(earlier, points[earlier])
@@ -160,6 +161,7 @@ def test_a_training_that_fails_says_where_and_proposes_no_more(bad):
     assert searcher.ended(2) is None and "task two" in str(searcher.ended(3))
     space.decode(points[2])
     again = ready(space)
+    again.restored = 2
     again.restore(json.loads(json.dumps(searcher.state())), searcher.curve)
     again.replay(1, points[1])
     assert again.ask(2) == points[2] and again.failure(2) == searcher.failure(2)

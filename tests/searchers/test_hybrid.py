@@ -106,8 +106,7 @@ def test_without_any_curvature_there_is_no_shape():
 
 
 def test_products_are_those_of_the_loss_in_shares_of_the_ranges():
-    """Items draw the weights to places by (1/2) |w - place|^2: H is 1 by the weights, and the range's square by shares;
-    a weight that two experts share counts twice."""
+    """Items draw the weights to places by |w - place|^2 / 2: H is 1 by the weights, the range's square by shares."""
     space = make_space(experts=2, groups=1, high=3.0, initial=0.0)
     searcher = ready(space)
     run = MemoryStudy(lambda: searcher, smooth)
@@ -207,6 +206,7 @@ def test_a_state_that_went_through_json_goes_on_with_the_same_bits(calls):
         broken.run(1000)
     state, curve = json.loads(json.dumps([broken.searcher.state(), broken.searcher.curve]))
     again = ready(make_space())
+    again.restored = len(broken.points)  # as the study says
     again.restore(state, curve)
     broken.make = lambda: again
     broken.kill()

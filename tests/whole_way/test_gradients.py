@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +56,19 @@ def has_trained(path: Path, count: int) -> bool:
     )
 
 
+def run_killed(path: Path, counts: Iterable[int]) -> None:
+    """Run to the end, after a kill -9 somewhat later than each of these ``counts`` of candidates was trained."""
+    draw = random.Random(0)
+    for count in counts:
+        process = start("run", path)
+        there = partial(has_trained, path, count)
+        wait_for(lambda p=process, t=there: p.poll() is not None or t(), every=0.1, why="no candidate was trained")
+        time.sleep(draw.uniform(0.0, 3.0))
+        kill_tree(process.pid)
+        end(process)
+    evomerge("run", path)
+
+
 def test_coefficients_are_learned_shown_and_exported(learning):
     path = learning()
     ran = evomerge("run", path)
@@ -83,15 +96,7 @@ def test_killed_at_any_step_it_learns_on_to_the_same_bits(learning, search, stop
     evomerge("run", whole)
     assert len(store(whole).trials()) == search["budget"]
     broken = learning(search)
-    draw = random.Random(0)
-    for candidates_there in stops:
-        process = start("run", broken)
-        there = partial(has_trained, broken, candidates_there)
-        wait_for(lambda p=process, t=there: p.poll() is not None or t(), every=0.1, why="no candidate was trained")
-        time.sleep(draw.uniform(0.0, 3.0))
-        kill_tree(process.pid)
-        end(process)
-    evomerge("run", broken)
+    run_killed(broken, stops)
     assert candidates(broken) == candidates(whole)
     assert learned(broken) == learned(whole)
 

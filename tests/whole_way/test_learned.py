@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from evomerge.recipe import Recipe
 
-from .support import candidates, end, evomerge, kill_tree, start, store, wait_for
-from .test_gradients import has_trained, learned, learning  # noqa: F401
+from .support import candidates, evomerge, store
+from .test_gradients import learned, learning, run_killed  # noqa: F401
 
 
 @pytest.fixture
@@ -59,15 +56,7 @@ def test_killed_at_any_step_it_learns_on_to_the_same_bits(masking, method: str):
     search = {"steps": 60, "every": 20, "budget": 4, "loss": "kl_to_expert", "lr": 0.02}
     whole, broken = masking(method, search), masking(method, search)
     evomerge("run", whole)
-    draw = random.Random(0)
-    for candidates_there in (1, 2, 3):
-        process = start("run", broken)
-        there = partial(has_trained, broken, candidates_there)
-        wait_for(lambda p=process, t=there: p.poll() is not None or t(), every=0.1, why="no candidate was trained")
-        time.sleep(draw.uniform(0.0, 3.0))
-        kill_tree(process.pid)
-        end(process)
-    evomerge("run", broken)
+    run_killed(broken, (1, 2, 3))
     assert candidates(broken) == candidates(whole)
     assert learned(broken) == learned(whole)
     assert files(broken) == files(whole)
