@@ -37,11 +37,12 @@ SETTINGS = {"4x16x64": 2, "8x16x64": 2, "4x2x16": 6, "8x2x16": 6}  # T x items x
 CONTENDERS = {
     "passes": "the model's passes alone",
     "keep": "inner products, gradients kept",
+    "one": "the same in one part, for one worker",
     "free": "inner products, gradients freed",
     "autograd": "autograd through the merge",
+    "authors": "autograd, merged anew for each task",
     "fusion_bench": "fusion-bench",
 }
-OURS = ("keep", "free")
 VOCABULARY, MOST_EXPERTS = 8000, 8
 TOLERANCE = 1e-3  # between contenders' losses at the first step, relative: float32, summed in other orders
 

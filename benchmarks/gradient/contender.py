@@ -2,8 +2,9 @@
 
     python contender.py '{"what": "keep", "base": "folder", "experts": ["folder", ...], "batch": 16, "tokens": 64, ...}'
 
-``what`` is one of ours (keep, free), passes (the model's passes and nothing else), autograd (the merge is part of the
-graph, as in the AdaMerging authors' code), or fusion_bench (its LayerWiseMergedModel and the loop of its
+``what`` is one of ours (keep and free as a worker by itself has a step: in two parts; one: in one), passes (the model's
+passes and nothing else), autograd (the merge is part of the graph, once a step), authors (once for each task, as in the
+AdaMerging authors' code, main_layer_wise_adamerging.py), or fusion_bench (its LayerWiseMergedModel and the loop of its
 layer_wise_adamerging.py), which the peers' Python runs.
 
 All do the same: a coefficient an expert and tensor from 0.3, the entropy of a frozen head's classes on a batch of each
@@ -32,9 +33,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    step = {"passes": passes, "keep": ours, "free": ours, "autograd": autograd, "fusion_bench": fusion_bench}[
-        task["what"]
-    ](task)
+    ways = {"passes": passes, "keep": ours, "one": ours, "free": ours, "fusion_bench": fusion_bench}
+    step = ways.get(task["what"], autograd)(task)
     before, losses, seconds = anonymous(), [], []
     with Peak() as peak:
         for number in range(task["steps"] + 1):
@@ -110,7 +110,7 @@ def ours(task: dict[str, Any]) -> Step:
             return lambda: entropy(model(input_ids=ids[t]).last_hidden_state, own[t])
 
         total, by_weight = 0.0, torch.zeros(len(experts), len(names), dtype=torch.float64)
-        for part in pieces(range(len(ids)), -(-len(ids) // 2)):  # as a worker by itself has a step: in two parts
+        for part in pieces(range(len(ids)), len(ids) if task["what"] == "one" else -(-len(ids) // 2)):
             values, gradient = gradients.together([loss(t) for t in part], [1.0] * len(part), point)
             total, by_weight = total + sum(values), by_weight + gradient
         state = descent.step(state, by_weight.T.reshape(-1).numpy())
@@ -142,7 +142,10 @@ def passes(task: dict[str, Any]) -> Step:
 
 
 def autograd(task: dict[str, Any]) -> Step:
-    """The merge as a part of the graph: theta_0 + sum lambda tau for every tensor, one backward pass through all."""
+    """The merge as a part of the graph: theta_0 + sum lambda tau for every tensor, one backward pass through all.
+
+    It is merged once for all tasks, or (authors) anew for each.
+    """
     from torch.func import functional_call
 
     model = loaded(task["base"]).requires_grad_(False)
@@ -152,15 +155,18 @@ def autograd(task: dict[str, Any]) -> Step:
     optimizer = torch.optim.Adam([weights], lr=LR)
     own = heads(task, model.config.hidden_size)
 
-    def step(ids: Sequence[Tensor]) -> float:
-        merged: dict[str, Tensor] = {
+    def merge() -> dict[str, Tensor]:
+        return {
             name: theta_0 + sum(weights[t, i] * tau[name] for t, tau in enumerate(taus))
             for i, (name, theta_0) in enumerate(base.items())
         }
-        losses = [
-            entropy(functional_call(model, merged, (), {"input_ids": batch}).last_hidden_state, head)
-            for batch, head in zip(ids, own, strict=True)
-        ]
+
+    def step(ids: Sequence[Tensor]) -> float:
+        losses, merged = [], merge()
+        for number, (batch, head) in enumerate(zip(ids, own, strict=True)):
+            if number and task["what"] == "authors":
+                merged = merge()
+            losses.append(entropy(functional_call(model, merged, (), {"input_ids": batch}).last_hidden_state, head))
         loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()

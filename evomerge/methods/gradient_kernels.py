@@ -34,7 +34,8 @@ def task_products(gradients, bases, experts, counts, slope, stored, out):
         for start in range(0, counts[k], SIZE):
             n = min(SIZE, counts[k] - start)
             theta_0 = carray(pointer(bases[k] + start * stored.itemsize, stored), n)
-            _widen(carray(pointer(gradients[k] + start * slope.itemsize, slope), n), row)
+            if not _widen(carray(pointer(gradients[k] + start * slope.itemsize, slope), n), row):
+                continue  # sources are not read for a row of an embedding that no item has
             for t in range(experts.shape[1]):
                 if experts[k, t] != 0:
                     _subtract(carray(pointer(experts[k, t] + start * stored.itemsize, stored), n), theta_0, tau)
@@ -43,8 +44,12 @@ def task_products(gradients, bases, experts, counts, slope, stored, out):
 
 @compiled
 def _widen(values, out):
+    """Are there others than zero?"""
+    others = False
     for i in range(len(values)):
         out[i] = np.float64(widened(values[i]))
+        others |= out[i] != 0
+    return others
 
 
 @compiled

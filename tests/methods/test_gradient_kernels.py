@@ -70,3 +70,12 @@ def test_numbers_that_are_not_finite_show():
     assert np.isnan(products([gradient], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
     infinite = torch.tensor([float("inf"), 1.0])
     assert np.isinf(products([infinite], [torch.zeros(2)], [[torch.tensor([1.0, 2.0])]])).all()
+
+
+def test_entries_that_nothing_depends_on_are_not_read():
+    """Such as rows of an embedding that no item has: here 600 of 4,000 entries have a gradient."""
+    gradient = torch.zeros(4000)
+    gradient[1000:1600] = 2.0
+    expert = torch.full((4000,), float("nan"))
+    expert[512:2048] = 3.0  # whole blocks
+    assert products([gradient], [torch.zeros(4000)], [[expert]])[0, 0] == 0.5 + 600 * 2.0 * 3.0
