@@ -36,6 +36,8 @@ PROCESSED: list[tuple[str, dict[str, Any]]] = [
     ("della_linear", {"density": 0.5, "rescale": "l1", "scale": 0.6}),
     ("ties_linear", {"density": 0.3}),
     ("ties_linear", {"density": 0.3, "scope": "model"}),
+    ("svd_linear", {"rank_share": 0.3}),
+    ("svd_linear", {"rank_share": 0.2, "matrices": "inner", "scale": 0.6}),
     ("linear", {"normalize": False}),
     ("lines", {"inner": "dare_linear", "a": 0.3}),
     ("random_vectors", {}),

@@ -26,7 +26,7 @@ from evomerge.methods.fusion import ArceeFusion
 from evomerge.methods.knots import Knots
 from evomerge.methods.learned import AdaRank, Columns
 from evomerge.methods.lorahub import LoraHub
-from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS
+from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS, SVDLinear
 from evomerge.methods.optimised import WUDI
 from evomerge.methods.pcb import Pcb
 from evomerge.methods.regression import RegMean, RegMeanPP
@@ -62,6 +62,7 @@ _ALL: tuple[Method, ...] = (
     ArceeFusion(),
     Sce(),
     Passthrough(),
+    SVDLinear(),
     TSVM(),
     IsoC(),
     IsoCTS(),

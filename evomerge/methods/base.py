@@ -80,8 +80,8 @@ class Method(ABC):
             agrees. What needs the whole tensor (norms, thresholds, angles) then comes from ``prepare``'s state.
         widens: casts what it reads itself, a slice at a time, so that slices may come in their storage dtype, uncopied.
         fills: ``combine`` takes ``out=``, memory in the shape and dtype of its result, and may return that, filled.
-        draws: what ``prepare`` keeps depends on the seed. It is then called with ``seed=`` where many candidates that
-            share one will be merged, and without for a single merge.
+        draws: what ``prepare`` keeps depends on the seed, or is worth keeping for many candidates only. It is then
+            called with ``seed=`` where many that share one will be merged, and without for a single merge.
         kept_bits: how many bits an entry and expert ``prepare``'s state comes to keep at the most; all of them together
             no more than ``masks.MOST_BYTES``. 0 for a few numbers a tensor.
         keeps_base: returns ``base`` unchanged where every expert *is* base (the same object).

@@ -14,7 +14,7 @@ small singular values raise no noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from evomerge.errors import MethodError
 from evomerge.methods.base import LowRank
+from evomerge.methods.masks import Kept
 from evomerge.methods.symmetric import LinAlgError, eigh, gram, rows_of_block
 
 
@@ -35,6 +36,13 @@ class SVD(NamedTuple):
 
     def first(self, count: int | None) -> SVD:
         return self if count is None else SVD(self.U[:, :count], self.S[:count], self.V[:, :count])
+
+
+class Decompositions(Kept):
+    """Those of task vectors, by tensor and expert."""
+
+    def of(self, name: str, t: int, find: Callable[[], SVD]) -> SVD:
+        return self._find((name, t), find, lambda triples: sum(part.nbytes for part in triples))
 
 
 def svd(matrix: Tensor | LowRank, dtype: torch.dtype, top: int | None = None, *, reference: float | None = None) -> SVD:

@@ -7,9 +7,8 @@ gradient of a loss by them is a contraction of its gradient by the merged tensor
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, final
@@ -30,9 +29,8 @@ from evomerge.methods.base import (
     require_affine,
 )
 from evomerge.methods.basic import TaskArithmetic
-from evomerge.methods.decompositions import SVD, svd
-from evomerge.methods.masks import Kept
-from evomerge.methods.matrices import INNER
+from evomerge.methods.decompositions import SVD, Decompositions, svd
+from evomerge.methods.matrices import is_matrix, task_matrix
 from evomerge.methods.statistics import Statistics
 from evomerge.methods.symmetric import rows_of_block
 from evomerge.methods.weighted import missing_statistics
@@ -45,13 +43,6 @@ MATRICES = Param(
     "tensors are merged as by task_arithmetic",
     choices=("all", "inner"),
 )
-
-
-class Decompositions(Kept):
-    """Those of task vectors, by tensor and expert."""
-
-    def of(self, name: str, t: int, find: Callable[[], SVD]) -> SVD:
-        return self._find((name, t), find, lambda triples: sum(part.nbytes for part in triples))
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class LearnedMethod(Method):
 
     def takes(self, info: TensorInfo, matrices: str) -> bool:
         """Has this tensor learned numbers?"""
-        return len(info.shape) == 2 and math.prod(info.shape) > 0 and (matrices == "all" or info.kind in INNER)
+        return is_matrix(info, matrices)
 
     def is_linear(self, **params: Any) -> bool:
         return True
@@ -150,7 +141,7 @@ class LearnedMethod(Method):
         seed: int = 0,
         **params: Any,
     ) -> Iterator[tuple[int, Tensor | LowRank]]:
-        """(t, f_t), dense where the expert is."""
+        """(t, f_t)."""
         require_affine(self, params)
         if state is None or base is None:
             raise missing_statistics(self)
@@ -160,10 +151,7 @@ class LearnedMethod(Method):
         dtype = arithmetic_dtype(base, *(expert for expert in experts if isinstance(expert, Tensor)))
         for t, expert in enumerate(experts):
             if expert is not base:
-                vector = self._vector(base, expert, t, dtype, info, state)
-                if isinstance(vector, LowRank) and isinstance(expert, Tensor):
-                    vector = vector.scaling * vector.B @ vector.A
-                yield t, vector
+                yield t, self._vector(base, expert, t, dtype, info, state)
 
     def contract(
         self,
@@ -189,7 +177,7 @@ class LearnedMethod(Method):
         for t, expert in enumerate(experts):
             if expert is not base:
                 numbers = self._numbers(t, info, state, dtype, base.device)
-                tau = expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
+                tau = expert if isinstance(expert, LowRank) else task_matrix(base, expert, dtype)
                 slopes = self.slopes(tau, gradient, numbers, t, info, state)
                 yield t, slopes, float(slopes @ numbers.to(torch.float64))
 
@@ -198,8 +186,8 @@ class LearnedMethod(Method):
     ) -> Tensor | LowRank:
         numbers = self._numbers(t, info, state, dtype, base.device)
         if bool((numbers == 1).all()):
-            return expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
-        tau = expert if isinstance(expert, LowRank) else _task_matrix(base, expert, dtype)
+            return expert if isinstance(expert, LowRank) else task_matrix(base, expert, dtype)
+        tau = expert if isinstance(expert, LowRank) else task_matrix(base, expert, dtype)
         return self.changed(tau, numbers, t, info, state)
 
     def _numbers(self, t: int, info: TensorInfo, state: Numbers, dtype: torch.dtype, device: Any) -> Tensor:
@@ -217,11 +205,6 @@ class LearnedMethod(Method):
                 remedy="They are of another search: take the folder that the search for this merge has left.",
             )
         return found.to(device, dtype)
-
-
-def _task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype) -> Tensor:
-    """tau in fresh contiguous memory: the last bits of a product depend on the strides."""
-    return expert.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(base)
 
 
 @final

@@ -1,19 +1,29 @@
-"""Task vectors merged by singular vectors: made orthogonal (TSV-M), or all equally strong (Iso-C, Iso-CTS)."""
+"""Task vectors merged by singular vectors: the first of them, made orthogonal (TSV-M), or all equally strong (Iso-C,
+Iso-CTS)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from evomerge.methods.arithmetic import SCALE
-from evomerge.methods.base import LowRank
-from evomerge.methods.decompositions import SVD, norm, polar, recombine, svd
-from evomerge.methods.matrices import ALL_MATRICES, MatrixMethod, num_kept, task_matrices, total_matrix
+from evomerge.methods.arithmetic import SCALE, TASK_WEIGHT, add_low_rank
+from evomerge.methods.base import LowRank, Method, SourceIterable, State, TensorInfo, arithmetic_dtype, require_affine
+from evomerge.methods.basic import TaskArithmetic
+from evomerge.methods.decompositions import SVD, Decompositions, norm, polar, recombine, svd
+from evomerge.methods.matrices import (
+    ALL_MATRICES,
+    MatrixMethod,
+    is_matrix,
+    num_kept,
+    task_matrices,
+    task_matrix,
+    total_matrix,
+)
 from evomerge.params import Param
 
 
@@ -59,6 +69,125 @@ class TSVM(MatrixMethod):
         vectors = task_matrices(base, experts, weights, dtype)
         parts = [scaled(svd(tau, dtype, max(1, kept)), weight) for weight, tau in vectors]
         return recombine(parts, dtype) if parts else None
+
+
+@final
+class SVDLinear(Method):
+    """Task arithmetic on the first singular triples of each task vector: affine in the weights.
+
+    Per matrix, with r = min(rows, columns): theta_0 + scale sum_t w_t U_t S_t V_t' with the floor(rank_share r), at
+    least one, largest triples of tau_t, which is the matrix of that rank next to it (Eckart and Young 1936). Other
+    tensors are merged as by task_arithmetic.
+    """
+
+    name = "svd_linear"
+    summary = "the largest singular triples of each task vector, then task arithmetic"
+    reference = "Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081 (TSV-Compress), added up"
+    params: Mapping[str, Param] = MappingProxyType(
+        {
+            "rank_share": Param(
+                float,
+                0.1,
+                "share of the singular triples that each task vector keeps, at least one",
+                0,
+                1,
+                low_open=True,
+            ),
+            "matrices": Param(
+                str,
+                "all",
+                "which matrices are cut down: all of them, or the inner ones, those of attention and mlp; the other "
+                "tensors are merged as by task_arithmetic",
+                choices=("all", "inner"),
+            ),
+            "scale": SCALE,
+        }
+    )
+    weight = TASK_WEIGHT
+    factors = True
+    chunked = False
+    draws = True  # no numbers, but keeps decompositions where there will be many candidates
+    kept_bits = 64  # two float32 matrices of the task vector's size at the most
+
+    def is_linear(self, **params: Any) -> bool:
+        return True
+
+    def prepare(
+        self, sources: SourceIterable, statistics: Any = None, *, seed: int | None = None, **fixed: Any
+    ) -> Decompositions | None:
+        return None if seed is None or "rank_share" not in fixed else Decompositions()
+
+    def combine(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | LowRank],
+        *,
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: State | None,
+        rank_share: float,
+        matrices: str,
+        scale: float,
+        **_: Any,
+    ) -> Tensor:
+        count = self._count(info, rank_share, matrices)
+        if count is None or not any(weights):
+            return TaskArithmetic().combine(base, experts, weights=weights, dtype=dtype, scale=scale)
+        parts = [
+            (scale * weight, self._first(base, expert, t, count, dtype, info, state))
+            for t, (weight, expert) in enumerate(zip(weights, experts, strict=True))
+            if weight != 0 and expert is not base
+        ]
+        merged = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return add_low_rank(merged, parts)
+
+    def directions(
+        self,
+        base: Tensor | None,
+        experts: Sequence[Any],
+        *,
+        info: TensorInfo,
+        state: State | None = None,
+        seed: int = 0,
+        **params: Any,
+    ) -> Iterator[tuple[int, Tensor | LowRank]]:
+        require_affine(self, params)
+        count, scale = self._count(info, params["rank_share"], params["matrices"]), params["scale"]
+        if count is None or base is None:
+            yield from TaskArithmetic().directions(base, experts, info=info, scale=scale)
+            return
+        dtype = arithmetic_dtype(base, *(expert for expert in experts if isinstance(expert, Tensor)))
+        for t, expert in enumerate(experts):
+            if expert is not base:
+                part = self._first(base, expert, t, count, dtype, info, state)
+                yield t, LowRank(part.B, part.A, scale * part.scaling)
+
+    def _count(self, info: TensorInfo, rank_share: float, matrices: str) -> int | None:
+        """How many triples stay of a task vector; None for a tensor that is merged by task arithmetic."""
+        if rank_share == 1 or not is_matrix(info, matrices):
+            return None
+        return max(1, math.floor(min(info.shape) * rank_share + 1e-9))
+
+    @staticmethod
+    def _first(
+        base: Tensor,
+        expert: Tensor | LowRank,
+        t: int,
+        count: int,
+        dtype: torch.dtype,
+        info: TensorInfo,
+        state: Decompositions | None,
+    ) -> LowRank:
+        """U_t S_t V_t' in ``dtype``; of a LoRA expert of no higher rank its own factors."""
+        if isinstance(expert, LowRank) and len(expert.A) <= count:
+            return expert
+
+        def find() -> SVD:
+            return svd(expert if isinstance(expert, LowRank) else task_matrix(base, expert, dtype), dtype, count)
+
+        U, S, V = find() if state is None else state.of(info.name, t, find)
+        return LowRank((U * S).to(dtype), V.T.to(dtype), 1.0)
 
 
 @final

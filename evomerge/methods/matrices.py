@@ -64,7 +64,7 @@ class MatrixMethod(Method):
 
     def takes(self, info: TensorInfo, matrices: str) -> bool:
         """Is this tensor a matrix that the method merges its own way?"""
-        return len(info.shape) == 2 and math.prod(info.shape) > 0 and (matrices == "all" or info.kind in INNER)
+        return is_matrix(info, matrices)
 
     def combine(
         self,
@@ -99,6 +99,16 @@ class MatrixMethod(Method):
         return add_to_base(base, tau, dtype, scale=scale)
 
 
+def is_matrix(info: TensorInfo, matrices: str) -> bool:
+    """Is this a matrix that is not empty, and one of ``matrices``: "all", or the "inner" ones?"""
+    return len(info.shape) == 2 and math.prod(info.shape) > 0 and (matrices == "all" or info.kind in INNER)
+
+
+def task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype) -> Tensor:
+    """tau in fresh contiguous memory: the last bits of a product depend on the strides."""
+    return expert.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(base)
+
+
 def num_kept(weights: Sequence[float]) -> int:
     """T: how many experts the weights leave in."""
     return sum(weight != 0 for weight in weights)
@@ -113,8 +123,8 @@ def task_matrices(
             continue
         if isinstance(expert, LowRank):
             yield weight, expert
-        else:  # contiguous, because the last bits of a product depend on the strides
-            yield weight, expert.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(base)
+        else:
+            yield weight, task_matrix(base, expert, dtype)
 
 
 def total_matrix(base: Tensor, experts: Sequence[Any], weights: Sequence[float], dtype: torch.dtype) -> Any:

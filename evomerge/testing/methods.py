@@ -74,10 +74,9 @@ class MethodContract:
         return self.method.prepare([(info, base, experts)], statistics, **params)
 
     def _directions(self, base: Tensor, experts: Sequence[Tensor], **call: Any) -> dict[int, Tensor]:
-        """Of dense experts, by their numbers."""
-        found = dict(self.method.directions(base, experts, **call))
-        assert all(isinstance(vector, Tensor) for vector in found.values())
-        return found  # pyright: ignore[reportReturnType]
+        """As dense matrices, by the experts' numbers."""
+        found = self.method.directions(base, experts, **call)
+        return {t: v.scaling * (v.B @ v.A) if isinstance(v, LowRank) else v for t, v in found}
 
     # -- facts
 

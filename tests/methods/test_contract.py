@@ -173,6 +173,11 @@ class TestIsoC(MethodContract):
     settings = ({"scale": 0.5}, {"matrices": "inner"})
 
 
+class TestSVDLinear(MethodContract):
+    method = METHODS["svd_linear"]
+    settings = ({"rank_share": 0.5}, {"rank_share": 0.9, "matrices": "inner"}, {"rank_share": 1.0})
+
+
 class TestIsoCTS(MethodContract):
     method = METHODS["iso_cts"]
     settings = ({"common": 0.0}, {"common": 0.5, "scale": 2.0}, {"common": 1.0}, {"matrices": "inner"})

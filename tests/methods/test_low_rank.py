@@ -105,6 +105,43 @@ def test_tsv_m(family: Family, rank_share: float | None, scale: float):
     assert_like(family.merge("tsv_m", rank_share=rank_share, scale=scale), family, expected)
 
 
+@given(matrix_families(), st.floats(0.05, 1), st.floats(-1, 2))
+def test_svd_linear(family: Family, rank_share: float, scale: float):
+    """Truncated decompositions of each task vector, weighed and added: Eckart and Young."""
+    shape = family.base.shape
+    assume(abs(r := min(shape) * rank_share - 1e-9) and r % 1 < 0.99)
+    expected = np.zeros(shape)
+    for w, tau in kept(family):
+        U, S, V = triples(tau, max(1, int(min(shape) * rank_share)))
+        expected += scale * w * (U * S) @ V.T
+    assert_like(family.merge("svd_linear", rank_share=rank_share, scale=scale), family, expected)
+
+
+def test_svd_linear_by_hand():
+    """tau = diag(3, 2) and [[0, 1], [0, 0]]: of each the largest triple, at weights 0.5 and -2."""
+    taus = [np.diag([3.0, 2.0]), np.array([[0.0, 1.0], [0.0, 0.0]])]
+    family = Family(np.ones((2, 2)), [1.0 + tau for tau in taus], [0.5, -2.0])
+    np.testing.assert_allclose(family.merge("svd_linear", rank_share=0.5), [[2.5, -1.0], [1.0, 1.0]], atol=1e-12)
+
+
+def test_svd_linear_of_everything_is_task_arithmetic():
+    rng = np.random.default_rng(5)
+    family = Family(rng.standard_normal((4, 3)), list(rng.standard_normal((2, 4, 3))), [0.7, -0.2])
+    assert np.array_equal(family.merge("svd_linear", rank_share=1.0), family.merge("task_arithmetic"))
+
+
+def test_svd_linear_decomposes_once_in_a_search():
+    """A later candidate is merged from what is kept: the sources are not looked at again."""
+    info, generator = TensorInfo("w", shape=(6, 5)), torch.Generator().manual_seed(0)
+    base, first, other = (torch.randn(6, 5, generator=generator) for _ in range(3))
+    method, call = METHODS["svd_linear"], {"weights": [1.0], "info": info, "rank_share": 0.5}
+    state = method.prepare([], seed=0, rank_share=0.5)
+    merged = method.merge(base, [first], state=state, **call)
+    assert torch.equal(method.merge(base, [other], state=state, **call), merged)
+    assert torch.equal(method.merge(base, [first], **call), merged)
+    assert method.prepare([], rank_share=0.5) is None and method.prepare([], seed=0) is None
+
+
 @given(matrix_families(), st.floats(-1, 2))
 def test_iso_c(family: Family, scale: float):
     assume(kept(family))
@@ -225,7 +262,7 @@ def test_low_rank_experts_bring_no_noise(method: str):
         torch.testing.assert_close(S[:6], S[:1].expand(6), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("method", ["svd_linear", "tsv_m", "iso_c", "iso_cts"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_what_is_not_finite_is_refused(method: str, value: float, dtype: torch.dtype):
