@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import methods_table as table
 import yaml
+from tables.studies import Results, numbers, put_between, short, take_over
 
 from evomerge.errors import Interrupted
 from evomerge.launch import Options, aggregate_of, run_study, sqlite_url
@@ -150,8 +150,8 @@ FAMILIES = (
     Family(
         "smollm2_skills",
         "SmolLM2 skills: three LoRA adapters of a 135M language model",
-        steps=40,
-        every=10,
+        steps=24,
+        every=6,
         batch=4,
         lr=0.02,
         weights={"range": [0.0, 1.5], "initial": 0.6},
@@ -211,7 +211,7 @@ class NotYet(Exception):
     """A row needs another's time first."""
 
 
-def run(family: Family, row: str, seed: int, results: table.Results, progress: Progress) -> list[dict[str, Any]]:
+def run(family: Family, row: str, seed: int, results: Results, progress: Progress) -> list[dict[str, Any]]:
     """One study, finished or gone on with: its row, and those of its controls."""
     data = experiment(family, row, seed)
     file = family.cache / f"{data['name']}.yaml"
@@ -223,7 +223,7 @@ def run(family: Family, row: str, seed: int, results: table.Results, progress: P
     finished = [name for name in givers if name != spec.name and name.split(".")[2] == str(seed)
                 and Store.open(url, name).record.get("rounds")]  # fmt: skip
     if finished:
-        table.take_over(spec, url, finished[0], options, progress)
+        take_over(spec, url, finished[0], options, progress)
     if row.endswith("time"):
         other = results.find(family.name, EQUAL_TIME, seed)
         if other is None or not finished:
@@ -241,7 +241,7 @@ def rows_of(store: Store, head: Mapping[str, Any]) -> list[dict[str, Any]]:
     ended = [e.time for e in store.evaluations() if e.split == "search" and e.subject.startswith("trial:")]
     found = {
         **head,
-        **table.numbers(own),
+        **numbers(own),
         "against": board.best_control,
         "trials": len(trials),
         "dimensions": len(store.record["dimensions"]),
@@ -250,7 +250,7 @@ def rows_of(store: Store, head: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     common = {"family": head["family"], "seed": head["seed"], "settings": ""}
     controls = [
-        {**common, "row": row.subject, **table.numbers(row)} for row in board.test if row.subject.startswith("control:")
+        {**common, "row": row.subject, **numbers(row)} for row in board.test if row.subject.startswith("control:")
     ]
     return [found, *controls]
 
@@ -287,9 +287,9 @@ def table_of(family: Family, rows: Sequence[Mapping[str, Any]]) -> str:
         found = by_row[name]
         scores = [r["test"][0] for r in found]
         title = f"control: {name.removeprefix('control:').replace(':', ' ')}" if name.startswith("control:") else name
-        spread = f"{table.short(middle[name])} [{table.short(min(scores))}, {table.short(max(scores))}]"
+        spread = f"{short(middle[name])} [{short(min(scores))}, {short(max(scores))}]"
         differences = [r["difference"] for r in found if r.get("difference")]
-        mean = table.short(statistics.fmean(d[0] for d in differences), sign=True) if differences else ""
+        mean = short(statistics.fmean(d[0] for d in differences), sign=True) if differences else ""
         above = sum(d[1] is not None and d[1] > 0 for d in differences)
         below = sum(d[2] is not None and d[2] < 0 for d in differences)
         counts = f"{above}, {len(differences) - above - below}, {below}" if differences else ""
@@ -315,7 +315,7 @@ def main() -> int:
     parser.add_argument("--write-docs", action="store_true", help="only write docs/adamerging.md")
     options = parser.parse_args()
     chosen = [f for f in FAMILIES if f.name in (options.families or names)]
-    results = table.Results(options.results, keys=("family", "row", "seed"))
+    results = Results(options.results, keys=("family", "row", "seed"))
     if not options.write_docs:
         for family in [f for f in chosen if not f.is_built]:
             print(f"{family.name} is not built: python experiments/{family.name}/build.py", file=sys.stderr)
@@ -340,7 +340,7 @@ def main() -> int:
                 print("stopped; run it again to go on", file=sys.stderr)
                 return 130
     if options.results == RESULTS:
-        table.put_between(PAGE, BEGIN, page(results.rows), END)
+        put_between(PAGE, BEGIN, page(results.rows), END)
     else:
         print(page(results.rows))
     return 0

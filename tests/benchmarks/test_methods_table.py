@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -22,10 +21,9 @@ from evomerge.store import Store
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "methods_table.py"
 
-spec = importlib.util.spec_from_file_location("methods_table", SCRIPT)
-table = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = table
-spec.loader.exec_module(table)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import methods_table as table  # noqa: E402
 
 
 @pytest.mark.parametrize("family", table.FAMILIES, ids=lambda family: family.name)
