@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from evomerge.space import Space
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # the paper's defaults
-SHUFFLE, HOLDOUT = 0, 1  # key the order of items apart from the choice of those held out
+SHUFFLE, HOLDOUT, NOISE = 0, 1, 2  # key the order of items, the choice of those held out and noise apart
+AT_ONCE = 2**20  # numbers in one go where there may be very many, so that what is found on the way is small
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a descent is: ``step`` steps were made; the arrays are (dims,) float64.
+    """Where a descent is: ``step`` steps were made; the arrays are (dims,), of one float type.
 
     ``x`` is what Adam moves (see the constraint); ``m`` and ``v`` are its running means of gradients and of their
     squares.
@@ -44,6 +45,11 @@ class State:
     x: np.ndarray
     m: np.ndarray
     v: np.ndarray
+
+    @classmethod
+    def at(cls, x: np.ndarray) -> State:
+        """The state before the first step."""
+        return cls(0, x, np.zeros_like(x), np.zeros_like(x))
 
     @property
     def is_finite(self) -> bool:
@@ -155,8 +161,7 @@ class Descent:
     pull: float = 0.0
 
     def begin(self) -> State:
-        zero = np.zeros(len(self.start))
-        return State(0, self.constraint.coordinates(np.array(self.start, dtype=np.float64)), zero, zero)
+        return State.at(self.constraint.coordinates(np.array(self.start, dtype=np.float64)))
 
     def values(self, state: State) -> np.ndarray:
         """(dims,) the weights at ``state``."""
@@ -169,13 +174,30 @@ class Descent:
             gradient: (dims,) of the loss by the weights, at ``values(state)``.
         """
         t = state.step + 1
-        by_values = gradient + self.pull * (self.values(state) - self.start)
+        by_values = gradient + self.pull * (self.values(state) - self.start) if self.pull else gradient
         slope = self.constraint.pull_back(state.x, by_values)
-        m = BETA1 * state.m + (1 - BETA1) * slope
+        x, m, v = (np.empty_like(state.x) for _ in range(3))
         with np.errstate(invalid="ignore", over="ignore"):  # the caller asks the state whether it is finite
-            v = BETA2 * state.v + (1 - BETA2) * slope * slope
-            x = state.x - self.lr * (m / (1 - BETA1**t)) / (np.sqrt(v / (1 - BETA2**t)) + EPSILON)
+            for part in _parts(len(slope)):
+                m[part] = BETA1 * state.m[part] + (1 - BETA1) * slope[part]
+                v[part] = BETA2 * state.v[part] + (1 - BETA2) * slope[part] * slope[part]
+                x[part] = state.x[part] - self.lr * (m[part] / (1 - BETA1**t)) / (
+                    np.sqrt(v[part] / (1 - BETA2**t)) + EPSILON
+                )
         return State(t, self.constraint.project(x), m, v)
+
+
+def norm(*vectors: np.ndarray) -> float:
+    """The length of all that the vectors hold, as one vector; all finite."""
+    most = max((float(np.abs(vector[part]).max()) for vector in vectors for part in _parts(len(vector))), default=0.0)
+    if most == 0:
+        return 0.0
+    shares = (np.divide(vector[part], most, dtype=np.float64) for vector in vectors for part in _parts(len(vector)))
+    return most * math.sqrt(math.fsum(float(np.square(share).sum()) for share in shares))
+
+
+def _parts(size: int) -> Iterator[slice]:
+    return (slice(first, first + AT_ONCE) for first in range(0, size, AT_ONCE))
 
 
 # --- weights and dimensions ------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ names it as ``statistics``, and is verified and exported as any other. Where the
 optimiser. Beside the experiment file:
 
     learned/HASH/manifest.json                   of a candidate: written last, in a folder that is renamed when whole
-    learned/HASH/EXPERT.components.safetensors
+    learned/HASH/EXPERT.components.safetensors   of each expert; or entries.safetensors, of a kind that all share
     learned/training-STUDY/HASH.safetensors      of the training: the one that the store names
 """
 
@@ -32,6 +32,7 @@ from evomerge.errors import CheckpointError, SpecError, StudyError
 from evomerge.methods.base import check_params
 from evomerge.methods.learned import LearnedMethod
 from evomerge.methods.lookup import method_of
+from evomerge.methods.statistics import SHARED
 from evomerge.recipe import Collected, Recipe
 from evomerge.safetensor_files import ShardWriter
 from evomerge.validation import at
@@ -54,7 +55,8 @@ class Layout:
 
     Attributes:
         kind: of the statistics that they are (``methods.statistics.LEARNED``).
-        counts: for each expert, tensor name -> how many numbers.
+        counts: for each expert, tensor name -> how many numbers; only one mapping where all experts share it
+            (``methods.statistics.SHARED``).
     """
 
     kind: str
@@ -65,7 +67,7 @@ class Layout:
         return sum(sum(counts.values()) for counts in self.counts)
 
     def split(self, numbers: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """For each expert, tensor name -> its part of ``numbers``, (size,)."""
+        """For each of ``counts``, tensor name -> its part of ``numbers``, (size,)."""
         parts: list[dict[str, np.ndarray]] = []
         place = 0
         for counts in self.counts:
@@ -83,7 +85,7 @@ class Layout:
 
 def layout_of(kind: str, sources: Sources, recipe: Recipe) -> Layout:
     """The numbers of ``kind`` for all tensors that ``recipe`` merges by the method which has such numbers."""
-    counts: tuple[dict[str, int], ...] = tuple({} for _ in recipe.experts)
+    counts: tuple[dict[str, int], ...] = tuple({} for _ in ([0] if kind in SHARED else recipe.experts))
     for name in sources.names:
         if not sources.touched(name):
             continue
@@ -93,6 +95,9 @@ def layout_of(kind: str, sources: Sources, recipe: Recipe) -> Layout:
         if not isinstance(method, LearnedMethod) or method.statistics != kind:
             continue
         if method.takes(info, check_params(method.name, method, recipe.params_of(group))["matrices"]):
+            if kind in SHARED:
+                counts[0][name] = method.count(info.shape, None)
+                continue
             for t, expert in enumerate(sources.experts):
                 if name in expert:
                     counts[t][name] = method.count(info.shape, _rank(expert, name))
@@ -132,7 +137,7 @@ def check_learned(searcher: GradientSearcher, spec: Spec, space: Space) -> None:
 
 def in_job(layout: Layout, numbers: np.ndarray, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     """(``recipe`` merged by ``numbers``, these as ``Job.gradient["learned"]``): nothing is written for a step."""
-    sha256 = hashlib.sha256(numbers.tobytes()).hexdigest()
+    sha256 = hashlib.sha256(np.ascontiguousarray(numbers).data).hexdigest()
     named = replace(recipe, statistics=Collected(IN_MEMORY, {layout.kind: sha256}))
     return named, {"kind": layout.kind, "tensors": layout.split(numbers)}
 
@@ -152,19 +157,22 @@ class LearnedFiles:
     def named(self, layout: Layout, numbers: np.ndarray, recipe: Recipe) -> Recipe:
         """``recipe`` merged by ``numbers``, which are written unless they are there.
 
-        Masks over components are stored as booleans, all else in float64.
+        Masks of 0 and 1 are stored as booleans, all else in the type that it has.
         """
         kind, partial = layout.kind, self.training / "writing"
         with _writing(self.folder):
             shutil.rmtree(partial, ignore_errors=True)  # of a driver that died
             partial.mkdir(parents=True)
-            files = []
-            for source, arrays in zip(recipe.experts, layout.split(numbers), strict=True):
-                path = partial / f"{source.name}.{kind}.safetensors"
-                sha256 = _write_file(path, {name: _stored(kind, array) for name, array in arrays.items()})
-                files.append(
-                    {"file": path.name, "expert": source.sha256, "sha256": sha256, "size": path.stat().st_size}
-                )
+            names = [f"{kind}.safetensors"]  # one for all experts
+            if kind not in SHARED:
+                names = [f"{source.name}.{kind}.safetensors" for source in recipe.experts]
+            written = []
+            for name, arrays in zip(names, layout.split(numbers), strict=True):
+                sha256 = _write_file(partial / name, {n: _stored(kind, array) for n, array in arrays.items()})
+                written.append({"file": name, "sha256": sha256, "size": (partial / name).stat().st_size})
+            if kind in SHARED:
+                written *= len(recipe.experts)
+            files = [{**file, "expert": s.sha256} for file, s in zip(written, recipe.experts, strict=True)]
             entry: dict[str, Any] = {"base": recipe.base.sha256 if recipe.base else "", "files": files}
             if recipe.tokenizer is not None:
                 entry["tokenizer"] = recipe.tokenizer.short()
@@ -218,8 +226,9 @@ class LearnedFiles:
 
 
 def _stored(kind: str, numbers: np.ndarray) -> Tensor:
-    mask = kind == "components" and bool(np.isin(numbers, (0.0, 1.0)).all())
-    return torch.from_numpy(np.ascontiguousarray(numbers)).to(torch.bool if mask else torch.float64)
+    stored = torch.from_numpy(np.ascontiguousarray(numbers))
+    mask = kind in ("components", "entries") and bool(((numbers == 0) | (numbers == 1)).all())
+    return stored.to(torch.bool) if mask else stored
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:

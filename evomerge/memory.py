@@ -1,18 +1,24 @@
 """How much memory a worker needs: the rule that docs/architecture.md states and benchmarks/memory.py measures.
 
-And what becomes of memory that is freed.
+What a search takes that learns numbers inside task vectors; and what becomes of memory that is freed.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from evomerge.checkpoints import Sources
 from evomerge.merging import torch_dtype
 from evomerge.methods.masks import MOST_BYTES
 
+if TYPE_CHECKING:
+    from evomerge.learned import Layout
+    from evomerge.searchers.base import GradientSearcher
+
 PROCESS_BYTES = 600_000_000  # the interpreter, torch, transformers, and scratch memory of a few million numbers
+DRIVER_COPIES, WORKER_COPIES = 12, 5  # of all numbers that a search learns, at the most at once
 WHOLE_COPIES = 2  # of the largest tensor, in float32, where a method looks at a whole tensor: a sum and what is added
 
 
@@ -29,6 +35,15 @@ def worker_bytes(sources: Sources, compute_dtype: str, *, kept_bits: Iterable[in
     drawn = sum(reference.numel(name) for expert in sources.experts for name in sources.names if name in expert)
     kept = sum(min(drawn * bits // 8, MOST_BYTES) for bits in kept_bits)
     return model + WHOLE_COPIES * 4 * largest + kept + PROCESS_BYTES
+
+
+def learning_bytes(layout: Layout, searcher: GradientSearcher, *, workers: int) -> int:
+    """Bytes that the numbers which ``searcher`` learns take in the driver and in ``workers`` workers beside it.
+
+    The driver has them and Adam's means before and after a step, their start, what they come to, and gradients
+    (DRIVER_COPIES); a worker has the numbers and their gradient, and what it sends of it (WORKER_COPIES).
+    """
+    return layout.size * searcher.number_bytes * (DRIVER_COPIES + WORKER_COPIES * workers)
 
 
 # Numbers of mallopt(3), and what they are set to: never give the top of the heap back; take what is up to 32 MB, the

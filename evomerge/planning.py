@@ -37,7 +37,7 @@ from evomerge.searchers.lookup import find as find_searcher
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_evaluator
 from evomerge.stages import placed
-from evomerge.training import check_gradients
+from evomerge.training import check_gradients, check_room, learned_layout
 from evomerge.validation import at
 
 # Recorded with a study: another version may change scores in their last bits, so a resume says so (and goes on).
@@ -171,13 +171,16 @@ def build_plan(
     evaluator = load_evaluator(evaluator_file, context)
     items = tuple(assign_splits(evaluator.load(), spec.evaluate.split, seed=spec.seed))
     evaluator.check(items)
+    here = count if (address or spec.workers.address) is None else 0  # workers on this machine
     if isinstance(searcher, GradientSearcher):
         check_gradients(searcher, spec, unplaced, evaluator)
+        layout = learned_layout(searcher, sources, unplaced, spec.space_where)
+        if layout is not None:
+            check_room(searcher, layout, at(str(spec.path or "experiment"), "search.method"), workers=here)
     _require_every_split(items, context.tasks)
 
     scratch = str(spec.scratch_path or "")
-    if evaluator.needs == "checkpoint":
-        here = count if (address or spec.workers.address) is None else 0  # other machines are asked by their workers
+    if evaluator.needs == "checkpoint":  # other machines are asked by their workers
         check_scratch(scratch, here * written_bytes(sources, spec.export_dtype), workers=here)
 
     template = placed(hash_sources(unhashed, progress))

@@ -70,8 +70,8 @@ class Job:
     ``Evaluator.predictions``), batches (a list of [task, item ids]), learn (False: losses only), free (see
     ``CoefficientGradients``), experts (task -> place of its own expert, for losses that look at it). Where the recipe
     is merged by numbers that no file holds, ``learned`` has them: kind (of the statistics that they are) and tensors,
-    for each expert tensor name -> float64 array; their gradient is then wanted, too. To learn there are ``shares``, a
-    number a batch: the gradient is that of the sum of share times loss.
+    for each expert (once, where all share them) tensor name -> array of one float type; their gradient is then wanted,
+    too. To learn there are ``shares``, a number a batch: the gradient is that of the sum of share times loss.
     """
 
     key: str
@@ -95,7 +95,7 @@ class BatchGradient:
     """The loss on one batch of a task's items; the first of a job's has the gradient of all by the recipe's weights.
 
     ``gradient``: (groups * experts,), group by group; empty for the others, and if only losses were asked for.
-    ``learned``: float64 numbers one after the other, the gradient by those that came with the job.
+    ``learned``: one after the other the gradient by the numbers that came with the job, in their type.
     """
 
     task: str

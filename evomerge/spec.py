@@ -208,7 +208,7 @@ class SearchSpec(_Open):
 
     method: str = Field(
         description="the searcher: cma, tpe, gp, nsga2, coordinate, soup, random, sobol, grid, adamerging, adarank, "
-        "columns, hybrid, or your own file.py@name"
+        "columns, concrete, hybrid, or your own file.py@name"
     )
     budget: int = Field(default=60, ge=1, description="how many candidates to evaluate; controls are not counted")
     time: Annotated[str | None, BeforeValidator(_check_time)] = Field(

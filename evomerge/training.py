@@ -15,13 +15,14 @@ import numpy as np
 
 from evomerge.descent import hold_out
 from evomerge.dimensions import Point
-from evomerge.errors import EvaluatorError, MethodError, SpecError, StudyError
+from evomerge.errors import EvaluatorError, MethodError, ResourceError, SpecError, StudyError
 from evomerge.pools import BatchGradient
-from evomerge.progress import Progress, Stage
+from evomerge.progress import Progress, Stage, size
 from evomerge.searchers.base import GradientSearcher
 from evomerge.validation import at
 
 if TYPE_CHECKING:
+    from evomerge.checkpoints import Sources
     from evomerge.evaluation import Evaluator
     from evomerge.learned import Layout, LearnedFiles
     from evomerge.planning import Plan
@@ -113,11 +114,50 @@ def check_gradients(searcher: GradientSearcher, spec: Spec, space: Space, evalua
             )
 
 
+def learned_layout(searcher: GradientSearcher, sources: Sources, space: Space, where: str) -> Layout | None:
+    """Which numbers ``searcher`` learns, if any; SpecError, at ``where``, if it should but there are none."""
+    from evomerge.learned import layout_of
+
+    if searcher.learns is None:
+        return None
+    layout = layout_of(searcher.learns, sources, space.decode(space.initial()))
+    if not layout.size:
+        raise SpecError(
+            f"searcher {searcher.name} has nothing to learn: no expert changes a matrix that its method takes",
+            where=where,
+            remedy="Set params.matrices: all, or search.method: adamerging, which learns weights alone.",
+        )
+    return layout
+
+
+def check_room(searcher: GradientSearcher, layout: Layout, where: str, *, workers: int) -> None:
+    """ResourceError, at ``where``, if what ``searcher`` learns takes more memory than this machine has to give.
+
+    Args:
+        workers: of this machine.
+    """
+    import psutil
+
+    from evomerge.memory import learning_bytes
+
+    needed, there = learning_bytes(layout, searcher, workers=workers), int(psutil.virtual_memory().available)
+    if needed > there:
+        raise ResourceError(
+            f"searcher {searcher.name} learns {layout.size:,} numbers, which take up to {size(needed)} of memory here "
+            f"while it trains, with {workers} worker{'' if workers == 1 else 's'} beside it, but {size(there)} are "
+            "available",
+            where=where,
+            remedy="Let it learn fewer: params.matrices: inner, a space.filter or space.methods that leave it fewer "
+            "tensors, or search.method: columns or adarank, which have numbers for rows or singular components. Or use "
+            "a machine with more memory.",
+        )
+
+
 def batches_at_once(searcher: GradientSearcher, plan: Plan) -> int:
     """How many workers a step of the training can use."""
-    size = plan.spec.evaluate.batch_size
+    piece = plan.spec.evaluate.batch_size
     batches = sum(
-        -(-min(searcher.options.get("batch", size), count) // size)
+        -(-min(searcher.options.get("batch", piece), count) // piece)
         for count in plan.split_sizes()[searcher.trains_on].values()
     )
     return min(searcher.parts, batches)
@@ -145,22 +185,9 @@ class Training:
         self._n, self._saved = 0, time.monotonic()
         self._stage: Stage | None = None
         searcher.oracle = self
-        self._layout: Layout | None = None
-        if searcher.learns is not None:
-            self._lay_out(searcher.learns)
-
-    def _lay_out(self, kind: str) -> None:
-        """Find out which numbers there are to learn; SpecError if there are none."""
-        from evomerge.learned import layout_of
-
-        self._layout = layout_of(kind, self.plan.sources, self.plan.space.decode(self.plan.space.initial()))
-        if not self._layout.size:
-            raise SpecError(
-                f"searcher {self.searcher.name} has nothing to learn: no expert changes a matrix that its method takes",
-                where=self.plan.spec.space_where,
-                remedy="Set params.matrices: all, or search.method: adamerging, which learns weights alone.",
-            )
-        self.searcher.lay_out(self._layout)
+        self._layout = learned_layout(searcher, plan.sources, plan.space, plan.spec.space_where)
+        if self._layout is not None:
+            searcher.lay_out(self._layout)
 
     @cached_property
     def _files(self) -> LearnedFiles:
@@ -256,7 +283,11 @@ def in_short(states: Sequence[Mapping[str, Any]]) -> str | None:
     last = states[-1]
     options = last.get("options", {})
     step = last.get("descent", {}).get("step", 0)
-    named = {"columns": "coefficients of output columns", "components": "masks over singular components"}
+    named = {
+        "columns": "coefficients of output columns",
+        "components": "masks over singular components",
+        "entries": "masks over single entries",
+    }
     what = named.get(str(last.get("learns")), "coefficients")
     text = f"The {what} were learned by gradient"
     if "descent" in last:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,16 +22,19 @@ from test_study import Crash, ShuffledPool, die, run, scores, trajectory, write 
 from test_training import GRADIENTS, die_at, learned
 
 from evomerge.collected import open_collected
-from evomerge.errors import CheckpointError, StudyError, UserError
+from evomerge.errors import CheckpointError, ResourceError, StudyError, UserError
 from evomerge.exporting import export
 from evomerge.leaderboard import leaderboard
 from evomerge.learned import Layout, LearnedFiles, layout_of
 from evomerge.merging import open_sources, verify_sources
+from evomerge.planning import build_plan
 from evomerge.pools import BatchGradient, Job, Result
+from evomerge.progress import Progress
 from evomerge.recipe import Recipe
+from evomerge.spec import load_spec
 from evomerge.store import Store
 
-KINDS = {"adarank": "components", "columns": "columns"}
+KINDS = {"adarank": "components", "columns": "columns", "concrete": "entries"}
 
 
 def drawn_to(job: Job) -> Result:
@@ -45,7 +50,8 @@ def drawn_to(job: Job) -> Result:
         pulled = numbers - np.mean([draw.normal(0.6, 0.3, len(numbers)) for draw in draws], axis=0)
         loss = float(away @ away + pulled @ pulled) / 2
         if job.gradient["learn"]:
-            found.append(BatchGradient(task, loss, tuple((share * away).tolist()), (share * pulled).tobytes()))
+            slope = (share * pulled).astype(numbers.dtype)
+            found.append(BatchGradient(task, loss, tuple((share * away).tolist()), slope.tobytes()))
         else:
             found.append(BatchGradient(task, loss))
     return Result(job.key, job.attempt, None, None, gradients=tuple(found))
@@ -96,7 +102,7 @@ def kept(path: Path) -> list[str]:
 # --- a study ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["adarank", "columns"])
+@pytest.mark.parametrize("method", ["adarank", "columns", "concrete"])
 def test_a_candidate_is_what_was_learned_so_far(write_learned, method):
     path = write_learned(method)
     store = run(path, LearnedPool())
@@ -109,6 +115,11 @@ def test_a_candidate_is_what_was_learned_so_far(write_learned, method):
         assert len({numbers.tobytes() for numbers in found}) == 4
         assert "masks over singular components were learned in 9 of 9" in " ".join(leaderboard(store).notes)
         assert set(store.trials()[3].point.values()) != {0.5}  # the weights are learned, too
+    elif method == "concrete":
+        assert "masks over single entries were learned in 9 of 9" in " ".join(leaderboard(store).notes)
+        assert set(store.trials()[3].point.values()) != {0.5}
+        assert len({numbers.tobytes() for numbers in found}) == 4
+        assert all(abs(numbers.mean() - 1) < 1e-6 for numbers in found)  # as many in each matrix's file as it has
     else:
         away = [float(np.abs(numbers - 0.6).mean()) for numbers in found]
         assert away == sorted(away, reverse=True) and len(set(away)) == 4
@@ -117,7 +128,7 @@ def test_a_candidate_is_what_was_learned_so_far(write_learned, method):
     assert len({e.recipe_hash for e in store.evaluations("search") if e.subject.startswith("trial")}) == 4
 
 
-@pytest.mark.parametrize("method", ["adarank", "columns"])
+@pytest.mark.parametrize("method", ["adarank", "columns", "concrete"])
 def test_what_is_exported_is_what_was_evaluated(write_learned, tmp_path, method):
     """And the first candidate, whose numbers are all 1, is task arithmetic."""
     store = run(write_learned(method), LearnedPool())
@@ -136,8 +147,9 @@ def test_what_is_exported_is_what_was_evaluated(write_learned, tmp_path, method)
 
 
 @pytest.mark.parametrize("slots", [2, 5])
-def test_any_number_of_workers_learns_the_same_bits(write_learned, slots):
-    path = write_learned("adarank", {"tasks": 1, "patience": 2, "holdout": 0.25})
+@pytest.mark.parametrize("method", ["adarank", "concrete"])
+def test_any_number_of_workers_learns_the_same_bits(write_learned, method, slots):
+    path = write_learned(method, {"tasks": 1, "patience": 2, "holdout": 0.25})
     alone, shared = (
         run(path, pool, store=f"{name}.db")
         for name, pool in (("alone", LearnedPool()), ("shared", LearnedPool(slots, order_seed=slots)))
@@ -147,7 +159,7 @@ def test_any_number_of_workers_learns_the_same_bits(write_learned, slots):
     assert scores(shared) == scores(alone)
 
 
-@pytest.mark.parametrize("method", ["adarank", "columns"])
+@pytest.mark.parametrize("method", ["adarank", "columns", "concrete"])
 def test_a_driver_that_dies_around_any_store_write_learns_on_as_if_it_had_not(write_learned, die, monkeypatch, method):
     monkeypatch.setattr("evomerge.training.SAVE_SECONDS", -1.0)  # a write a step
     path = write_learned(method)
@@ -236,6 +248,7 @@ def test_weights_around_learned_numbers_can_be_searched_by_others(write_learned,
         ({"search": {"rank_share": 1.5}}, "rank_share"),
         ({"search": {"weights": "frozen"}}, "learned or fixed|fixed"),
         ({"search": {"every": 10}}, "every <= steps"),
+        ({"space": {"method": "concrete"}}, r"concrete needs statistics.*\(entries\)[\s\S]*the searcher that does"),
     ],
     ids=str,
 )
@@ -249,6 +262,57 @@ def test_refusals_name_what_is_wrong_before_a_model_is_loaded(write_learned, key
         keys = {"space": {**keys["space"], "weights": weights}}
     with pytest.raises(UserError, match=words):
         run(write_learned("adarank", **keys), NoPool())
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "worker"), [("concrete", 4, 5 * 4), ("columns", 8, 5 * 8), ("adarank", 8, 5 * 8)]
+)
+def test_more_numbers_than_memory_holds_are_refused_before_a_model_is_loaded(
+    write_learned, monkeypatch, method, number, worker
+):
+    """As docs/architecture.md says it: 12 copies in the driver, 5 in each worker."""
+
+    class NoPool(LearnedPool):
+        def start(self, spec):
+            raise AssertionError("a worker was started")
+
+    path = write_learned(method, {"batch": 2}, workers={"count": 2})
+    spec = load_spec(path)
+    plan = build_plan(spec, Progress())
+    layout = layout_of(KINDS[method], plan.sources, plan.space.decode(plan.space.initial()))
+    needed = layout.size * (12 * number + 2 * worker)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory._replace(available=needed - 1))
+    with pytest.raises(
+        ResourceError, match=rf"learns {layout.size:,} numbers[\s\S]*matrices: inner[\s\S]*columns"
+    ) as told:
+        run(path, NoPool())
+    assert "search.method" in str(told.value)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory._replace(available=needed))
+    assert build_plan(spec, Progress()).sources is not None
+
+
+@pytest.mark.parametrize(
+    ("search", "types"),
+    [
+        ({"mask": "hard", "rescale": False}, [torch.bool] * 4),
+        ({"mask": "hard"}, [torch.bool] + [torch.float32] * 3),  # of ones at the start
+        ({"rescale": False}, [torch.float32] * 4),
+    ],
+    ids=str,
+)
+def test_a_mask_is_one_file_for_all_experts_and_no_larger_than_it_must_be(write_learned, search, types):
+    path = write_learned("concrete", {"lr": 0.5, **search})
+    for recipe, dtype in zip(recipes(run(path, LearnedPool())), types, strict=True):
+        assert recipe.statistics is not None
+        folder = Path(recipe.statistics.path)
+        assert sorted(p.name for p in folder.iterdir()) == ["entries.safetensors", "manifest.json"]
+        tensors = load_file(folder / "entries.safetensors")
+        assert dtype in {tensor.dtype for tensor in tensors.values()} <= {dtype, torch.bool}
+        opened = open_collected(recipe.statistics, "entries", recipe)
+        assert len(opened) == len(recipe.experts) and len({file.path for file in opened}) == 1
+        other = replace(recipe, experts=tuple(reversed(recipe.experts)), groups=())
+        assert len(open_collected(recipe.statistics, "entries", other)) == len(recipe.experts)
 
 
 def test_columns_start_within_their_range(write_learned):
@@ -280,18 +344,19 @@ def test_a_layout_has_each_matrix_that_an_expert_changes(lora_family: Path, dens
                 }
             )
             layout = layout_of(kind, open_sources(recipe), recipe)
-            counts = layout.counts[1]
+            counts = layout.counts[-1]
+            assert len(layout.counts) == (1 if method == "concrete" else 2)
             names = {name.split(".", 3)[-1] for name in counts if ".layers." in name}
             inner = {"self_attn.q_proj.weight", "self_attn.v_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"}
             q = "model.layers.2.self_attn.q_proj.weight"
             if family is lora_family:
                 assert names == inner
-                assert counts[q] == (32 if method == "columns" else 4)
+                assert counts[q] == {"columns": 32, "adarank": 4, "concrete": 32 * 32}[method]
             else:
                 inner |= {"self_attn.k_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight"}
                 assert names == inner
                 assert ("model.embed_tokens.weight" in counts) == (matrices == "all")
-                assert counts[q] == 32
+                assert counts[q] == (32 * 32 if method == "concrete" else 32)
             assert layout.size == sum(sum(c.values()) for c in layout.counts)
             numbers = np.arange(layout.size, dtype=float)
             parts = layout.split(numbers)
@@ -308,10 +373,13 @@ def test_the_first_share_is_that_of_the_largest_components():
 
 def test_a_training_comes_back_bit_for_bit(tmp_path: Path):
     files = LearnedFiles(tmp_path, "one")
-    arrays = {"x": np.array([0.1, -0.0, 1e-300]), "m": np.zeros((1, 2))}
+    arrays = {"x": np.array([0.1, -0.0, 1e-300]), "m": np.zeros((1, 2)), "v": np.array([1e-40, 3], dtype=np.float32)}
     first = files.keep_training(arrays)
     second = files.keep_training({"x": np.ones(2)})
-    assert {k: v.tobytes() for k, v in files.training_at(first).items()} == {k: v.tobytes() for k, v in arrays.items()}
+    again = files.training_at(first)
+    assert {k: (v.dtype, v.tobytes()) for k, v in again.items()} == {
+        k: (v.dtype, v.tobytes()) for k, v in arrays.items()
+    }
     files.forget_trainings(second)
     with pytest.raises(StudyError, match="gone"):
         files.training_at(first)

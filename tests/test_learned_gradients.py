@@ -15,10 +15,12 @@ from test_gradients import TOKENS, entropy, family, loss_of, recipe_of, resident
 from torch import Tensor
 from torch.func import functional_call
 
+from evomerge.learned import Layout
 from evomerge.learned_gradients import LearnedGradients, lend
 from evomerge.merging import Merger, open_sources
 from evomerge.methods import METHODS
 from evomerge.recipe import Collected, Group, Recipe
+from evomerge.searchers.concrete import ConcreteMask
 
 GROUPS = (Group((0.3, 0.2, 0.5), (0, 2)), Group((0.1, 0.6, 0.0), (2, 4)))
 Numbers = list[dict[str, np.ndarray]]
@@ -36,7 +38,7 @@ def learned_recipe(folder: Path, method: str, matrices: str = "inner", **changes
 
 
 def draw(folder: Path, method: str, matrices: str, values: Callable[[np.random.Generator, int], np.ndarray]) -> Numbers:
-    """Numbers for all matrices that each of three experts changes."""
+    """Numbers for all matrices that each of three experts changes; of concrete for those that any of them changes."""
     base, experts = state_dicts(folder, 3)
     random = np.random.default_rng(0)
     found: Numbers = []
@@ -45,21 +47,26 @@ def draw(folder: Path, method: str, matrices: str, values: Callable[[np.random.G
         for name, theta in base.items():
             inner = ".self_attn." in name or ".mlp." in name
             if theta.dim() == 2 and (inner or matrices == "all") and expert[name] is not theta:
-                numbers[name] = values(random, theta.shape[0] if method == "columns" else min(theta.shape))
+                size = {"columns": theta.shape[0], "adarank": min(theta.shape), "concrete": theta.numel()}[method]
+                numbers[name] = values(random, size)
         found.append(numbers)
+    if method == "concrete":
+        return [{name: numbers[name] for numbers in reversed(found) for name in numbers}]
     return found
 
 
 def written_out(
     folder: Path, recipe: Recipe, method: str, numbers: list[dict[str, Tensor]]
 ) -> Callable[[], dict[str, Tensor]]:
-    """The formula: theta_0 + sum w_t diag(c_t) tau_t, or theta_0 + sum w_t U_t diag(m_t s_t) V_t'."""
+    """The formula: theta_0 + sum w_t diag(c_t) tau_t, theta_0 + sum w_t U_t diag(m_t s_t) V_t', or theta_0 + sum w_t
+    (m * tau_t)."""
     base, experts = state_dicts(folder, 3)
     with torch.no_grad():
         taus = [{name: expert[name] - base[name] for name in base} for expert in experts]
         svds = [
             {name: torch.linalg.svd(taus[t][name], full_matrices=False) for name in given}
             for t, given in enumerate(numbers)
+            if method == "adarank"
         ]
     layer_of = {name: int(name.split(".")[2]) if ".layers." in name else None for name in base}
 
@@ -70,11 +77,13 @@ def written_out(
             first = layer < 2 if layer is not None else "embed" in name
             total = theta
             for t, weight in enumerate(GROUPS[0 if first else 1].weights):
-                given = numbers[t].get(name)
+                given = numbers[0 if method == "concrete" else t].get(name)
                 if given is None:
                     vector = taus[t][name]
                 elif method == "columns":
                     vector = torch.diag(given) @ taus[t][name]
+                elif method == "concrete":
+                    vector = given.view(theta.shape) * taus[t][name]
                 else:
                     U, S, rows = svds[t][name]
                     vector = U @ torch.diag(given * S) @ rows
@@ -95,7 +104,7 @@ def gradients_of(folder: Path, recipe: Recipe, numbers: Numbers, *, free: bool =
 
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("matrices", ["inner", "all"])
-@pytest.mark.parametrize("method", ["columns", "adarank", "masks"])
+@pytest.mark.parametrize("method", ["columns", "adarank", "masks", "concrete"])
 def test_equal_to_autograd_through_the_merge(mixed: Path, method: str, matrices: str, free: bool):
     """By the numbers and by the weights; masks are adarank's numbers at 0 and 1."""
     only_bits, method = method == "masks", "adarank" if method == "masks" else method
@@ -128,9 +137,10 @@ def by_weight(mixed: Path, recipe: Recipe, method: str, numbers: Numbers, model:
     """dL/dw of expert t in group g, by autograd along the straight line."""
     given = [{n: torch.tensor(v) for n, v in one.items()} for one in numbers]
     here = written_out(mixed, recipe, method, given)()
+    shared = method == "concrete"
     nothing = [{n: torch.zeros_like(v) for n, v in one.items()} if s == t else one for s, one in enumerate(given)]
     weight = recipe.groups[g].weights[t]
-    without = written_out(mixed, recipe, method, nothing)()
+    without = {} if shared else written_out(mixed, recipe, method, nothing)()
     base, experts = state_dicts(mixed, 3)
     move = torch.zeros((), dtype=torch.float64, requires_grad=True)
     shifted = {}
@@ -139,7 +149,9 @@ def by_weight(mixed: Path, recipe: Recipe, method: str, numbers: Numbers, model:
         first = layer < 2 if layer is not None else "embed" in name
         if (0 if first else 1) != g:
             direction = torch.zeros_like(value)
-        elif name in given[t]:
+        elif shared and name in given[0]:
+            direction = given[0][name].view(value.shape) * (experts[t][name] - base[name])
+        elif not shared and name in given[t]:
             direction = (value - without[name]) / weight
         else:
             direction = experts[t][name] - base[name]
@@ -153,7 +165,46 @@ def at_what_it_holds(model: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     return entropy(functional_call(model, held, (), {"input_ids": TOKENS}).logits)
 
 
-@pytest.mark.parametrize("method", ["columns", "adarank"])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("kinds", ["ldl", "lll"])
+def test_masks_with_noise_are_equal_to_autograd_through_the_merge(tmp_path: Path, kinds: str, rescale: bool):
+    """By the logits of a mask that was drawn, where the first expert leaves most matrices alone, or all do."""
+    folder = family(tmp_path, kinds=kinds)
+    logits = draw(folder, "concrete", "all", lambda random, count: random.normal(0.2, 1.0, count))
+    counts = tuple(given.size for given in logits[0].values())
+    x = np.concatenate(list(logits[0].values()))
+    noise = np.random.default_rng(5).logistic(size=x.size)
+    mask = ConcreteMask(counts, temperature=0.7, rescale=rescale, noise=noise)
+    recipe = learned_recipe(folder, "concrete", "all")
+    layout = Layout("entries", (dict(zip(logits[0], counts, strict=True)),))
+    numbers = layout.split(mask.values(x))
+    model, gradients = gradients_of(folder, recipe, numbers)
+    gradients.of(loss_of(model), recipe)
+    found = mask.pull_back(x, gradients.by_numbers(numbers))
+    leaf, masks = torch.tensor(x, requires_grad=True), {}
+    soft = torch.sigmoid((leaf + torch.tensor(noise)) / 0.7)
+    for name, part in zip(logits[0], soft.split(list(counts)), strict=True):
+        masks[name] = part / part.mean() if rescale else part
+    merged = written_out(folder, recipe, "concrete", [masks])()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, merged[name].detach(), rtol=1e-10, atol=1e-12)
+    expected = torch.autograd.grad(at_what_it_holds(model, merged), leaf)[0].numpy()
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
+
+
+def test_a_shared_gradient_has_the_type_of_the_numbers(mixed: Path):
+    numbers = draw(mixed, "concrete", "inner", lambda random, count: random.random(count, dtype=np.float32))
+    recipe = learned_recipe(mixed, "concrete")
+    model, gradients = gradients_of(mixed, recipe, numbers)
+    gradients.of(loss_of(model), recipe)
+    found = gradients.by_numbers(numbers)
+    assert found.dtype == np.float32
+    wide = [{name: given.astype(np.float64) for name, given in numbers[0].items()}]
+    np.testing.assert_allclose(found, gradients.by_numbers(wide), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["columns", "adarank", "concrete"])
 def test_finite_differences(tmp_path: Path, method: str):
     """Of the loss of the merged model itself, with parameters that the module keeps transposed (GPT-2)."""
     config = transformers.GPT2Config(

@@ -24,7 +24,7 @@ from evomerge.methods.depth import Lines
 from evomerge.methods.entrywise import MagMax, NearSwap, Ram
 from evomerge.methods.fusion import ArceeFusion
 from evomerge.methods.knots import Knots
-from evomerge.methods.learned import AdaRank, Columns
+from evomerge.methods.learned import AdaRank, Columns, Concrete
 from evomerge.methods.lorahub import LoraHub
 from evomerge.methods.low_rank import TSVM, IsoC, IsoCTS, SVDLinear
 from evomerge.methods.optimised import WUDI
@@ -75,6 +75,7 @@ _ALL: tuple[Method, ...] = (
     RegMeanPP(),
     LmCocktail(),
     AdaRank(),
+    Concrete(),
     Columns(),
 )
 # What LiNeS can scale: the merged task vector of any method that adds one to a base.

@@ -1,6 +1,6 @@
 """Task arithmetic with numbers inside the task vectors, as many as a search by gradient can learn.
 
-The numbers of a merge (what multiplies each output column, or each singular component) come to a method as statistics
+The numbers of a merge (what multiplies each output column, singular component or entry) come to a method as statistics
 do: a mapping an expert, of tensors that a recipe names by their hash. All merges here are affine in them, so that the
 gradient of a loss by them is a contraction of its gradient by the merged tensor (``contract``).
 """
@@ -36,6 +36,8 @@ from evomerge.methods.symmetric import rows_of_block
 from evomerge.methods.weighted import missing_statistics
 from evomerge.params import Param
 
+AT_ONCE = 2**20  # numbers in one go
+
 MATRICES = Param(
     str,
     "inner",
@@ -62,6 +64,7 @@ class LearnedMethod(Method):
     weight = TASK_WEIGHT
     factors = True
     chunked = False
+    fewer: bool = False  # may an expert have fewer numbers than ``count`` says?
     params: Mapping[str, Param] = MappingProxyType({"matrices": MATRICES})
 
     @abstractmethod
@@ -81,7 +84,8 @@ class LearnedMethod(Method):
     def slopes(
         self, tau: Tensor | LowRank, gradient: Tensor, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
     ) -> Tensor:
-        """<gradient, d f_t / d number i> for each number: (count,), float64.
+        """<gradient, d f_t / d number i> for each number: (count,), float64; or, where each is but one product, in the
+        wider of the gradient's and the arithmetic dtype.
 
         Args:
             gradient: (out, in).
@@ -163,7 +167,7 @@ class LearnedMethod(Method):
         state: Numbers,
         **params: Any,
     ) -> Iterator[tuple[int, Tensor, float]]:
-        """(t, r_t, <gradient, f_t>), r_t the gradient by expert t's numbers at weight 1: (count,), float64.
+        """(t, r_t, <gradient, f_t>), r_t the gradient by expert t's numbers at weight 1: (count,), as ``slopes``.
 
         Of a tensor that ``takes`` agrees to; experts without a task vector are left out.
 
@@ -179,7 +183,7 @@ class LearnedMethod(Method):
                 numbers = self._numbers(t, info, state, dtype, base.device)
                 tau = expert if isinstance(expert, LowRank) else task_matrix(base, expert, dtype)
                 slopes = self.slopes(tau, gradient, numbers, t, info, state)
-                yield t, slopes, float(slopes @ numbers.to(torch.float64))
+                yield t, slopes, _product(slopes, numbers)
 
     def _vector(
         self, base: Tensor, expert: Any, t: int, dtype: torch.dtype, info: TensorInfo, state: Numbers
@@ -198,13 +202,19 @@ class LearnedMethod(Method):
                 remedy="They are of another search: take the folder that the search for this merge has left.",
             )
         most = max(self.count(info.shape, None), 1)
-        if found.dim() != 1 or len(found) > most or (self.statistics == "columns" and len(found) != most):
+        if found.dim() != 1 or len(found) > most or (len(found) < most and not self.fewer):
             raise MethodError(
                 f"the learned numbers ({self.statistics}) of {info.name} have the shape {tuple(found.shape)}, but the "
                 f"tensor is {tuple(info.shape)}",
                 remedy="They are of another search: take the folder that the search for this merge has left.",
             )
         return found.to(device, dtype)
+
+
+def _product(slopes: Tensor, numbers: Tensor) -> float:
+    """The inner product in float64, whose copies are small."""
+    parts = zip(slopes.split(AT_ONCE), numbers.split(AT_ONCE), strict=True)
+    return math.fsum(float(a.to(torch.float64) @ b.to(torch.float64)) for a, b in parts)
 
 
 @final
@@ -252,6 +262,48 @@ def _blocks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 @final
+class Concrete(LearnedMethod):
+    """theta_0 + sum_t w_t m * tau_t, entry by entry: a mask m for each matrix, the same for all experts.
+
+    As written, m need not be 0 or 1, nor be at most 1: a mask that was divided by its mean is not. An expert whose
+    mapping is another has another mask.
+    """
+
+    name = "concrete"
+    summary = "task arithmetic with a learned mask over the entries of the task vectors, one for all experts"
+    reference = (
+        "Tang et al. 2023, Concrete subspace learning based interference elimination for multi-task model fusion, "
+        "arXiv:2312.06173, on task arithmetic; the mask divided by its mean as in the authors' code "
+        "(github.com/tanganke/subspace_fusion, src/concrete_mask.py) is the searcher's affair"
+    )
+    statistics = "entries"
+
+    def count(self, shape: Sequence[int], rank: int | None) -> int:
+        return math.prod(shape)
+
+    def changed(self, tau: Tensor | LowRank, numbers: Tensor, t: int, info: TensorInfo, state: Numbers) -> Tensor:
+        """Dense, of LoRA experts too."""
+        return _dense(tau, numbers.dtype).mul_(numbers.view(tuple(info.shape)))
+
+    def slopes(
+        self, tau: Tensor | LowRank, gradient: Tensor, numbers: Tensor, t: int, info: TensorInfo, state: Numbers
+    ) -> Tensor:
+        """Entry by entry the product with tau."""
+        wide = torch.promote_types(gradient.dtype, numbers.dtype)
+        found = torch.empty(gradient.shape, dtype=wide, device=numbers.device)
+        for at, rows in _blocks(gradient):
+            last = at + len(rows)
+            vector = _dense(tau.rows(at, last), wide) if isinstance(tau, LowRank) else tau[at:last]
+            torch.mul(rows.to(numbers.device, wide), vector.to(wide), out=found[at:last])
+        return found.view(-1)
+
+
+def _dense(tau: Tensor | LowRank, dtype: torch.dtype) -> Tensor:
+    """A tensor itself, a LoRA expert's task vector multiplied out."""
+    return (tau.B.to(dtype) @ tau.A.to(dtype)).mul_(tau.scaling) if isinstance(tau, LowRank) else tau
+
+
+@final
 class AdaRank(LearnedMethod):
     """theta_0 + sum_t w_t U_t diag(m_t s_t) V_t', with U_t diag(s_t) V_t' = tau_t: masks over singular components.
 
@@ -265,6 +317,7 @@ class AdaRank(LearnedMethod):
         "authors' code (github.com/david3684/AdaRank, vision/src/models/merge_vit/adaptive.py, on task arithmetic)"
     )
     statistics = "components"
+    fewer = True  # a LoRA expert has as many as its rank
     kept_bits = 64  # two float32 matrices of the task vector's size at the most
 
     def count(self, shape: Sequence[int], rank: int | None) -> int:

@@ -13,10 +13,13 @@ A search by gradient learns those of LEARNED, of the tensors that its method tak
 columns:    tensor name -> what multiplies each output column of the task vector, that is each row of the stored matrix
             (out, in): (out,).
 components: tensor name -> what multiplies each singular component of the task vector, from the largest on: (rank,).
+entries:    tensor name -> what multiplies each entry of the task vectors, row by row: (out * in,). The same mapping for
+            all experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,11 +32,12 @@ if TYPE_CHECKING:
     from evomerge.methods.base import Method
 
 STATISTICS = ("fisher", "gram", "gram_merged", "loss")
-LEARNED = ("columns", "components")
+LEARNED = ("columns", "components", "entries")
+SHARED = ("entries",)  # all experts have the same mapping
 
 Statistics = Sequence[Mapping[str, Tensor]]
 
-_LEARNERS = {"columns": ("columns",), "components": ("adarank",)}  # the searchers
+_LEARNERS = {"columns": ("columns",), "components": ("adarank",), "entries": ("concrete",)}  # the searchers
 
 
 def how_to_collect(kind: str, experiment: str = "EXPERIMENT") -> str:
@@ -82,9 +86,12 @@ def example_statistics(
             made.append({name: x.T @ x / len(x) for name, x in rows.items()})
         elif kind in LEARNED:
             matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-            sizes = {name: shape[0] if kind == "columns" else min(shape) for name, shape in matrices.items()}
+            size = {"columns": lambda shape: shape[0], "components": min, "entries": math.prod}[kind]
+            sizes = {name: size(shape) for name, shape in matrices.items()}
             uniform = {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
             made.append({name: u.round() if kind == "components" else 2 * u for name, u in uniform.items()})
+            if kind in SHARED:
+                return made * num_experts
         elif kind == "loss":
             made.append({task: torch.rand((), generator=generator) for task in ("one", "two")})
         else:

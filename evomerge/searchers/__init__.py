@@ -11,6 +11,7 @@ from evomerge.searchers.adarank import AdaRankSearcher
 from evomerge.searchers.base import Point, Searcher, Told
 from evomerge.searchers.cma import CMASearcher
 from evomerge.searchers.columns import ColumnsSearcher
+from evomerge.searchers.concrete import ConcreteSearcher
 from evomerge.searchers.coordinate import CoordinateSearcher
 from evomerge.searchers.gp import GPSearcher
 from evomerge.searchers.grid import GridSearcher
@@ -42,6 +43,7 @@ SEARCHERS: Mapping[str, type[Searcher]] = {
         HybridSearcher,
         AdaRankSearcher,
         ColumnsSearcher,
+        ConcreteSearcher,
     )
 }
 

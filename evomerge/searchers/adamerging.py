@@ -7,7 +7,6 @@ coefficients there are is the space's affair, what they multiply the method's, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -187,7 +186,7 @@ class AdaMergingSearcher(GradientSearcher):
     # --- a step
 
     def _point(self) -> Point:
-        return self.named(self._descent.values(self._state)[: len(self._names)])  # a subclass may learn more
+        return self.named(self._descent.values(self._state))
 
     def _step(self, path: descent.Descent, state: descent.State, first: int = 0) -> descent.State:
         """One step of ``path``, which began after ``first`` steps of this training; it has its row in the curve."""
@@ -197,10 +196,22 @@ class AdaMergingSearcher(GradientSearcher):
         items = self._items(step, self.options["batch"], self.options["tasks"])
         loss, gradient, by_task = self.gradient(step, path.values(state), items)
         after = path.step(state, gradient)
-        if not after.is_finite:
-            raise CandidateError("nan", f"step {step}: the gradient is too large for numbers")
-        self.curve.append({"step": step, "loss": loss, "tasks": by_task, "gradient": math.hypot(*gradient.tolist())})
+        self._note(step, loss, by_task, [gradient], [after])
         return after
+
+    def _note(
+        self,
+        step: int,
+        loss: float,
+        by_task: dict[str, float],
+        gradients: Sequence[np.ndarray],
+        after: Sequence[descent.State],
+    ) -> None:
+        """The row of step ``step``, which led to ``after``; CandidateError if these are no numbers."""
+        if not all(state.is_finite for state in after):
+            raise CandidateError("nan", f"step {step}: the gradient is too large for numbers")
+        size = descent.norm(*gradients)
+        self.curve.append({"step": step, "loss": loss, "tasks": by_task, "gradient": size})
 
     def _items(self, step: int, size: int, tasks: int = 0) -> dict[str, tuple[str, ...]]:
         """Task -> ``size`` items of it, of the ``tasks`` tasks (0: all) whose turn step ``step`` is."""
@@ -213,8 +224,11 @@ class AdaMergingSearcher(GradientSearcher):
     def _held_out_loss(self) -> float:
         """The loss on all that is held out."""
         assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
-        held = {task: items for task, items in self.oracle.held.items() if items}
-        return self.gradient(self._state.step, self._descent.values(self._state), held, learn=False)[0]
+        return self._loss_of({task: items for task, items in self.oracle.held.items() if items})
+
+    def _loss_of(self, items: Mapping[str, Sequence[str]]) -> float:
+        """Of the candidate that the training is at."""
+        return self.gradient(self._state.step, self._descent.values(self._state), items, learn=False)[0]
 
 
 def reason_of(error: CandidateError) -> str:

@@ -65,4 +65,5 @@ class AdaRankSearcher(LearnedSearcher):
     }
 
     def begin_numbers(self, layout: Layout) -> tuple[np.ndarray, descent.Constraint]:
-        return layout.first(self.options["rank_share"]), StraightThrough(self.options["temperature"])
+        masks = StraightThrough(self.options["temperature"])
+        return masks.coordinates(layout.first(self.options["rank_share"])), masks

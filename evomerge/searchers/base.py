@@ -240,6 +240,7 @@ class GradientSearcher(Searcher):
 
     asynchronous = False
     learns: ClassVar[str | None] = None  # the kind of the numbers, among methods.statistics.LEARNED
+    number_bytes: ClassVar[int] = 8  # of each of these numbers
     oracle: Oracle | None = None  # there from the study's first ask on
     curve: list[dict[str, Any]]  # a row a step since the last proposal: step, loss, tasks, gradient
     trains_on: Literal["search", "test"] = "search"  # test: without labels
@@ -322,8 +323,6 @@ class GradientSearcher(Searcher):
     ) -> tuple[float, np.ndarray, dict[str, float]]:
         """(loss, its gradient (dims,), task -> loss) at ``values`` (dims,) on ``items`` of each task.
 
-        For a searcher that ``learns`` numbers, these follow the values of the dimensions, here and in the gradient.
-
         The loss is the mean over tasks by their weights, of the mean over a task's items; the weights of regions have
         the gradients of the dimensions that they are. Bit for bit the same from any number of workers.
 
@@ -335,21 +334,48 @@ class GradientSearcher(Searcher):
             CandidateError: of kind nan, if a loss or a gradient is not finite.
             Interrupted: the user asked to stop.
         """
+        return self._gradient(step, values, None, items, learn)[:3]
+
+    def gradient_inside(
+        self,
+        step: int,
+        values: np.ndarray,
+        numbers: np.ndarray,
+        items: Mapping[str, Sequence[str]],
+        *,
+        learn: bool = True,
+    ) -> tuple[float, np.ndarray, dict[str, float], np.ndarray]:
+        """As ``gradient``, for a searcher that ``learns`` numbers; and the gradient by these, in their type.
+
+        Args:
+            numbers: (size,), in the order of the layout.
+        """
+        return self._gradient(step, values, numbers, items, learn)
+
+    def _gradient(
+        self,
+        step: int,
+        values: np.ndarray,
+        numbers: np.ndarray | None,
+        items: Mapping[str, Sequence[str]],
+        learn: bool,
+    ) -> tuple[float, np.ndarray, dict[str, float], np.ndarray]:
         from evomerge.descent import pieces
 
         assert self.oracle is not None, "a searcher that wants gradients was asked before it had an oracle"
         batches = [(task, piece) for task, ids in items.items() for piece in pieces(ids, self.oracle.piece)]
-        dims = len(values) if self.learns is None else len(self.space.dimensions)
-        more = {} if self.learns is None else {"numbers": values[dims:]}
+        more = {} if numbers is None else {"numbers": numbers}
         parts = [len(piece) / len(items[task]) for task, piece in batches]  # of a task's items
         counts = [self.oracle.weights[task] * part for (task, _), part in zip(batches, parts, strict=True)]
         shares = [count / math.fsum(counts) for count in counts]
-        found = self.oracle.gradients(step, self.named(values[:dims]), batches, shares=shares, learn=learn, **more)
+        found = self.oracle.gradients(step, self.named(values), batches, shares=shares, learn=learn, **more)
         loss, gradient, by_task = 0.0, np.zeros(len(values)), dict.fromkeys(items, 0.0)
+        inside = np.zeros(0) if numbers is None else np.zeros_like(numbers)
         for one, (task, _), part, share in zip(found, batches, parts, shares, strict=True):
             by_task[task] += one.loss * part
             loss += one.loss * share
             if one.gradient:
-                gradient[:dims] += self._chain.to_dimensions(one.gradient)
-                gradient[dims:] += np.frombuffer(one.learned)
-        return loss, gradient, by_task
+                gradient += self._chain.to_dimensions(one.gradient)
+                if numbers is not None:
+                    inside += np.frombuffer(one.learned, numbers.dtype)
+        return loss, gradient, by_task, inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,29 +22,6 @@ WEIGHTS = Param(
     "the space's weights: learned along with the rest, or fixed where they start",
     choices=("learned", "fixed"),
 )
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A constraint (``descent.Constraint``) for the first ``count`` values, and another for the rest."""
-
-    first: descent.Constraint
-    count: int
-    rest: descent.Constraint
-
-    def values(self, x: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.first.values(x[: self.count]), self.rest.values(x[self.count :])])
-
-    def coordinates(self, values: np.ndarray) -> np.ndarray:
-        parts = self.first.coordinates(values[: self.count]), self.rest.coordinates(values[self.count :])
-        return np.concatenate(parts)
-
-    def pull_back(self, x: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        n = self.count
-        return np.concatenate([self.first.pull_back(x[:n], gradient[:n]), self.rest.pull_back(x[n:], gradient[n:])])
-
-    def project(self, x: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.first.project(x[: self.count]), self.rest.project(x[self.count :])])
 
 
 @dataclass(frozen=True)
@@ -67,36 +44,56 @@ class Still:
 class LearnedSearcher(AdaMergingSearcher):
     """Trial n is the weights and the numbers after n * ``every`` steps of Adam on both. Options are AdaMerging's.
 
-    A point of the space holds the weights only; the study keeps the numbers in a file that the recipe names.
+    Weights and numbers have a descent each, whose steps are made together: Adam moves every coordinate by itself, so
+    that this is one descent on all. A point of the space holds the weights only; the study keeps the numbers in a file
+    that the recipe names.
     """
 
     params: ClassVar[Mapping[str, Param]] = {**AdaMergingSearcher.params, "weights": WEIGHTS}
 
     @abstractmethod
     def begin_numbers(self, layout: Layout) -> tuple[np.ndarray, descent.Constraint]:
-        """(size,) the numbers of trial 0, and the constraint under which they are learned."""
+        """(size,) the coordinates that the numbers of trial 0 have, and the constraint under which they are learned."""
+
+    def in_training(self, step: int) -> descent.Constraint:
+        """What coordinates stand for in step ``step`` of the training: what they do in a candidate, or nearly so."""
+        return self._inside.constraint
 
     def lay_out(self, layout: Layout) -> None:
-        numbers, constraint = self.begin_numbers(layout)
-        weights = self._descent
-        first = Still() if self.options["weights"] == "fixed" else weights.constraint
-        self._descent = descent.Descent(
-            np.concatenate([weights.start, numbers]),
-            Joined(first, len(weights.start), constraint),
-            lr=weights.lr,
-            pull=weights.pull,
-        )
-        self._state = self._descent.begin()
+        if self.options["weights"] == "fixed":
+            self._descent = replace(self._descent, constraint=Still())
+            self._state = self._descent.begin()
+        x, constraint = self.begin_numbers(layout)
+        start = constraint.values(x)
+        self._inside = descent.Descent(start, constraint, lr=self._descent.lr, pull=self._descent.pull)
+        self._state_inside = descent.State.at(x)
 
     def numbers(self) -> np.ndarray:
-        return self._descent.values(self._state)[len(self._names) :]
+        return self._inside.values(self._state_inside)
 
     def state(self) -> dict[str, Any]:
-        """As AdaMerging's, with Adam's coordinates and means as arrays."""
-        now = self._state
-        steps = {"descent": {"step": now.step}, "learns": self.learns}
-        return {**super().state(), **steps, "x": now.x, "m": now.m, "v": now.v}
+        """As AdaMerging's, with the coordinates of the numbers and Adam's means of them as arrays."""
+        now = self._state_inside
+        return {**super().state(), "learns": self.learns, "x": now.x, "m": now.m, "v": now.v}
 
     def restore(self, state: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> None:
-        arrays = {key: state[key] for key in ("x", "m", "v")}
-        super().restore({**state, "descent": {**state["descent"], **arrays}}, curve)
+        super().restore(state, curve)
+        self._state_inside = descent.State(self._state.step, *(state[key] for key in ("x", "m", "v")))
+
+    def _step(self, path: descent.Descent, state: descent.State, first: int = 0) -> descent.State:
+        if state.step % self.options["every"] == 0:
+            self.curve = []
+        step = first + state.step
+        items = self._items(step, self.options["batch"], self.options["tasks"])
+        inside, now = replace(self._inside, constraint=self.in_training(step)), self._state_inside
+        values, numbers = path.values(state), inside.values(now)
+        loss, gradient, by_task, by_numbers = self.gradient_inside(step, values, numbers, items)
+        del numbers  # as many as parameters, perhaps, and so are those that a step makes
+        after, after_inside = path.step(state, gradient), inside.step(now, by_numbers)
+        self._note(step, loss, by_task, [gradient, by_numbers], [after, after_inside])
+        self._state_inside = after_inside
+        return after
+
+    def _loss_of(self, held: Mapping[str, Sequence[str]]) -> float:
+        values = self._descent.values(self._state)
+        return self.gradient_inside(self._state.step, values, self.numbers(), held, learn=False)[0]

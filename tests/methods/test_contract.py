@@ -244,6 +244,11 @@ class TestColumns(MethodContract):
     settings = ({"matrices": "all"},)
 
 
+class TestConcrete(MethodContract):
+    method = METHODS["concrete"]
+    settings = ({"matrices": "all"},)
+
+
 class TestLines(MethodContract):
     method = METHODS["lines"]
     settings = (

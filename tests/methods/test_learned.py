@@ -19,9 +19,12 @@ from .families import Family, assert_close, families
 seeds = st.integers(0, 2**32)
 
 
+def count_of(method: str, shape: Sequence[int]) -> int:
+    return {"columns": shape[0], "adarank": min(shape), "concrete": int(np.prod(shape))}[method]
+
+
 def draw(family: Family, method: str, seed: int) -> list[np.ndarray]:
-    rng, shape = np.random.default_rng(seed), family.base.shape
-    count = shape[0] if method == "columns" else min(shape)
+    rng, count = np.random.default_rng(seed), count_of(method, family.base.shape)
     return [rng.normal(1.0, 1.0, count) * (rng.random(count) < 0.7) for _ in family.experts]
 
 
@@ -62,14 +65,40 @@ def test_adarank(family: Family, seed: int):
     assert_close(merge("adarank", family, numbers), expected)
 
 
-@given(families(), st.sampled_from(["adarank", "columns"]))
+@given(families(), seeds)
+def test_concrete(family: Family, seed: int):
+    """One mask, and the sum of the task vectors, entry by entry."""
+    if not is_matrix(family):
+        return
+    mask = draw(family, "concrete", seed)[0]
+    summed = sum(w * (expert - family.base) for w, expert in zip(family.weights, family.experts, strict=True))
+    expected = family.base + mask.reshape(family.base.shape) * summed
+    assert_close(merge("concrete", family, [mask] * len(family.experts)), expected)
+
+
+def test_a_mask_of_known_entries():
+    """(1, 2; 3, 4) and (10, 20; 30, 40) at weights 1 and 1/2: sums 6, 12, 18 and 24."""
+    base, taus = torch.full((2, 2), 100.0), [torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * scale for scale in (1, 10)]
+    experts = [{"w": base + tau} for tau in taus]
+    for mask, expected in (([1, 0, 0, 1], [[106, 100], [100, 124]]), ([0, 0.5, 2, 0], [[100, 106], [136, 100]])):
+        for numbers in (torch.tensor(mask, dtype=torch.float32), torch.tensor(mask, dtype=torch.float64)):
+            call = {"weights": [1.0, 0.5], "statistics": [{"w": numbers}] * 2, "matrices": "all"}
+            assert merge_state_dicts("concrete", {"w": base}, experts, **call)["w"].tolist() == expected
+    bits = {"weights": [1.0, 0.5], "statistics": [{"w": torch.tensor([True, False, False, True])}] * 2}
+    assert merge_state_dicts("concrete", {"w": base}, experts, **bits, matrices="all")["w"].tolist() == [
+        [106, 100],
+        [100, 124],
+    ]
+
+
+@given(families(), st.sampled_from(["adarank", "columns", "concrete"]))
 def test_all_ones_are_task_arithmetic_and_zeros_the_base(family: Family, method: str):
     tensors = [{family.name: torch.tensor(a)} for a in (family.base, *family.experts)]
     plain = merge_state_dicts("task_arithmetic", tensors[0], tensors[1:], weights=family.weights, dtype=torch.float64)[
         family.name
     ].numpy()
     shape = family.base.shape
-    count = 0 if not is_matrix(family) else shape[0] if method == "columns" else min(shape)
+    count = count_of(method, shape) if is_matrix(family) else 0
     ones = [np.ones(count) for _ in family.experts]
     assert np.array_equal(merge(method, family, ones), plain)
     assert np.array_equal(merge(method, family, ones, matrices="inner"), plain)
@@ -105,6 +134,9 @@ def test_only_inner_matrices_have_numbers():
         ("columns", {"w": torch.ones(2)}, r"shape \(2,\)"),
         ("columns", {"w": torch.ones(3, 1)}, r"shape \(3, 1\)"),
         ("adarank", {"w": torch.ones(4)}, r"shape \(4,\)"),
+        ("concrete", {}, "expert 0 has no learned numbers"),
+        ("concrete", {"w": torch.ones(8)}, r"shape \(8,\)"),
+        ("concrete", {"w": torch.ones(3, 3)}, r"shape \(3, 3\)"),
         ("adarank", {"w": torch.zeros(2)}, "3 singular components"),
     ],
 )

@@ -47,13 +47,14 @@ REFUSED = {
         "fixed and tied weights": "fixed",
     },
 }
-REFUSED["adamerging"] = REFUSED["hybrid"] = REFUSED["adarank"] = REFUSED["columns"] = {
+REFUSED["adamerging"] = {
     "a parameter": "density",
     "a choice": "mode",
     "a truth value": "normalize",
     "methods": "method would have to move",
     "methods with parameters": "ties.density",
 }
+REFUSED |= dict.fromkeys(("hybrid", "adarank", "columns", "concrete"), REFUSED["adamerging"])
 
 
 def space_of(kind: str) -> Space:

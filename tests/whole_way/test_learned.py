@@ -29,7 +29,7 @@ def files(path: Path) -> set[str]:
     return {p.name for p in (path.parent / "learned").iterdir() if not p.name.startswith("training-")}
 
 
-@pytest.mark.parametrize("method", ["adarank", "columns"])
+@pytest.mark.parametrize("method", ["adarank", "columns", "concrete"])
 def test_numbers_are_learned_evaluated_and_exported(masking, method: str):
     path = masking(method, {"lr": 0.1})
     ran = evomerge("run", path)
@@ -51,7 +51,7 @@ def test_numbers_are_learned_evaluated_and_exported(masking, method: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adarank", "columns"])
+@pytest.mark.parametrize("method", ["adarank", "columns", "concrete"])
 def test_killed_at_any_step_it_learns_on_to_the_same_bits(masking, method: str):
     search = {"steps": 60, "every": 20, "budget": 4, "loss": "kl_to_expert", "lr": 0.02}
     whole, broken = masking(method, search), masking(method, search)
@@ -63,8 +63,9 @@ def test_killed_at_any_step_it_learns_on_to_the_same_bits(masking, method: str):
 
 
 @pytest.mark.slow
-def test_two_workers_learn_the_same_bits_as_one(masking):
-    one, two = masking("adarank"), masking("adarank")
+@pytest.mark.parametrize("method", ["adarank", "concrete"])
+def test_two_workers_learn_the_same_bits_as_one(masking, method: str):
+    one, two = masking(method), masking(method)
     evomerge("run", one)
     evomerge("run", two, "--workers", "2")
     assert candidates(one) == candidates(two)
