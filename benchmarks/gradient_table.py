@@ -184,6 +184,7 @@ def rows_for(family: Family) -> dict[str, tuple[str, str, dict[str, Any]]]:
         "AdaRank of entropy, a tensor": ("tensor", "adarank", descent(method="adarank")),
         "entropy, a tensor, transductive": ("tensor", plain, descent(protocol="transductive")),
         "hidden states, a tensor": ("tensor", plain, descent(loss="hidden_mse")),
+        "concrete masks of cross entropy, a tensor": ("tensor", "concrete", descent(method="concrete", **labels)),
     }
 
 

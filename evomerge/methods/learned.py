@@ -7,6 +7,7 @@ gradient of a loss by them is a contraction of its gradient by the merged tensor
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
