@@ -111,9 +111,10 @@ def logistic(size: int, *, seed: int, step: int) -> np.ndarray:
     """(size,) log u - log(1 - u), float32, of uniform numbers that belong to one step of a training."""
     u = keyed_generator(seed, descent.NOISE, step).random(size, dtype=np.float32)
     np.maximum(u, LEAST, out=u)
-    down = np.log1p(-u)
+    rest = 1 - u  # exact: both are multiples of LEAST
+    np.log(rest, out=rest)
     np.log(u, out=u)
-    u -= down
+    u -= rest
     return u
 
 
