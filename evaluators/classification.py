@@ -21,6 +21,7 @@ Every item has ``acc``, ``loglikelihood`` (of the right class), ``margin`` (its 
 (Matthews correlation) are computed over all its items. ``limit`` keeps the first so many items.
 
 A search by gradient learns from ``answers``, the head's logits. ``hidden`` are pooled features, before ``normalize``.
+They are what adapters are put behind (``surgery``).
 """
 
 from __future__ import annotations
@@ -249,6 +250,9 @@ class Classification(Evaluator):
     def predicts(self, task: str) -> frozenset[str]:
         return frozenset(("answers", "labels", "hidden"))
 
+    def adapts(self, task: str) -> bool:
+        return True
+
     def predictions(
         self,
         target: Target,
@@ -262,14 +266,14 @@ class Classification(Evaluator):
         items = [self._items[item_id] for item_id in item_ids]
         task = self.check_predictable(items, over, labels=labels, hidden=hidden)
         features = self._features(target, task, self._inputs(target, items))
-        logits = self._classify(task, features)
+        logits = self._classify(task, target.adapted(task, features))
         ones = torch.ones(len(items), dtype=logits.dtype, device=logits.device)
         right = torch.tensor([item.data["label"] for item in items], device=logits.device) if labels else None
         return Predictions(logits, ones, right, features if hidden else None, ones if hidden else None)
 
     def _logits(self, target: Target, task: str, inputs: dict[str, Tensor]) -> Tensor:
         """(items, classes)"""
-        return self._classify(task, self._features(target, task, inputs))
+        return self._classify(task, target.adapted(task, self._features(target, task, inputs)))
 
     def _features(self, target: Target, task: str, inputs: dict[str, Tensor]) -> Tensor:
         """(items, features), pooled, in float32 or wider"""

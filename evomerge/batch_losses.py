@@ -124,7 +124,7 @@ class BatchLosses:
             for item_id in ids:
                 key = (t, item_id, ask["over"], ask["hidden"])
                 if key not in self._kept:
-                    coefficients.into(_alone(recipe, t))
+                    coefficients.into(alone(recipe, t))
                     with self.seeded(), torch.no_grad():
                         self._kept[key] = _on_cpu(self.evaluator.predictions(self.target, [item_id], **ask))
                 self._kept.move_to_end(key)
@@ -135,7 +135,7 @@ class BatchLosses:
         return found
 
 
-def _alone(recipe: Recipe, t: int) -> Recipe:
+def alone(recipe: Recipe, t: int) -> Recipe:
     """Expert ``t`` itself."""
     weights = tuple(float(i == t) for i in range(len(recipe.experts)))
     return replace(

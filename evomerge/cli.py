@@ -182,7 +182,12 @@ def leaderboard(
 @app.command(epilog=_example("evomerge show experiment.yaml 17"))
 def show(
     study: StudyArgument,
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, best, or a control's name.")],
+    trial: Annotated[
+        str,
+        typer.Argument(
+            metavar="TRIAL", help="A trial's number, best, or a control's name; surgery:NAME, with its adapters."
+        ),
+    ],
     format: Annotated[
         str, typer.Option("--format", help="text; recipe or mergekit: the merge alone, as YAML for either tool.")
     ] = "text",
@@ -206,6 +211,9 @@ def export(
     study: StudyArgument,
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
     trial: Annotated[str, typer.Option("--trial", help="A trial's number, best, or a control's name.")] = "best",
+    surgery: Annotated[
+        bool, typer.Option("--surgery", help="With its adapters beside it, which make it no plain checkpoint.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda; by default the study's, for its very numbers.")
     ] = None,
@@ -220,9 +228,12 @@ def export(
     from evomerge.export_command import Wanted
     from evomerge.launch import open_study
     from evomerge.methods.lookup import permit
+    from evomerge.ranking import SURGERY
     from evomerge.showing import card_of, resolve_subject
 
     store = open_study(study, storage)
+    if surgery and not trial.startswith(SURGERY):
+        trial = SURGERY + trial
     subject, recipe = resolve_subject(store, trial)
     worker = store.record["worker"]
     recipe = permit(recipe, allow=allow_code)
@@ -320,6 +331,10 @@ def evaluate(
         bool,
         typer.Option("--compare", help="Compare with what the study stored for the same recipe; exit 3 if it differs."),
     ] = False,
+    surgery: Annotated[
+        bool,
+        typer.Option("--surgery/--no-surgery", help="Put the adapters that an export has beside it behind the model."),
+    ] = True,
     format: Annotated[str, typer.Option("--format", help="text or json (item by item).")] = "text",
     allow_code: Allow = False,
     storage: Storage = None,
@@ -343,7 +358,7 @@ def evaluate(
         rescoring.check_comparable(plan, store)
     elif plan.objective.subjects:
         store = _study_if_any(str(experiment), storage)
-    scores = rescoring.score_target(target, plan, split, allow_code=allow_code, study=store)
+    scores = rescoring.score_target(target, plan, split, allow_code=allow_code, study=store, surgery=surgery)
     comparison = rescoring.compare(scores, store) if store and compare else None
     if format == "json":
         print(json.dumps(rescoring.as_json(scores, comparison), indent=2))

@@ -295,14 +295,14 @@ def turns(step: int, tasks: Sequence[str], count: int) -> list[tuple[str, int]]:
     return [(tasks[place % len(tasks)], place // len(tasks)) for place in places]
 
 
-def batch(items: Sequence[str], *, seed: int, task: str, turn: int, size: int) -> tuple[str, ...]:
+def batch(items: Sequence[T], *, seed: int, task: str, turn: int, size: int) -> tuple[T, ...]:
     """The items of a task's turn number ``turn``.
 
     Turns go through the items again and again, in a new order each time (an epoch). An epoch is cut into the fewest
     batches of at most ``size`` items; their sizes differ by at most one.
     """
     epoch, place = divmod(turn, math.ceil(len(items) / size))
-    order = keyed_generator(seed, SHUFFLE, _key(task), epoch).permutation(len(items))
+    order = keyed_generator(seed, SHUFFLE, task_key(task), epoch).permutation(len(items))
     return pieces([items[int(i)] for i in order], size)[place]
 
 
@@ -312,14 +312,14 @@ def hold_out(items: Sequence[str], *, seed: int, task: str, share: float) -> tup
     With a share above 0 each side has at least one, if there are two; a single item is trained on.
     """
     count = 0 if share == 0 else min(max(1, round(share * len(items))), len(items) - 1)
-    held = set(keyed_generator(seed, HOLDOUT, _key(task)).permutation(len(items))[:count].tolist())
+    held = set(keyed_generator(seed, HOLDOUT, task_key(task)).permutation(len(items))[:count].tolist())
     return (
         tuple(item for i, item in enumerate(items) if i not in held),
         tuple(item for i, item in enumerate(items) if i in held),
     )
 
 
-def _key(task: str) -> int:
+def task_key(task: str) -> int:
     """A number for a task's name, so that no task's items depend on which others there are."""
     return int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "big")
 

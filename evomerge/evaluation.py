@@ -134,6 +134,9 @@ class Target:
 
     For an evaluator that needs a checkpoint, ``model`` and ``tokenizer`` are None, ``checkpoint`` is the folder of a
     whole Hugging Face checkpoint, and ``scratch`` is an empty folder for files of its own. Both are gone after it.
+
+    ``adapters`` stand behind the model (surgery): task -> a function of pooled features, (items, width) to the same.
+    Only evaluators that say so (``Evaluator.adapts``) are given any.
     """
 
     model: Any = None
@@ -141,6 +144,11 @@ class Target:
     device: str = "cpu"
     checkpoint: Path | None = None
     scratch: Path | None = None
+    adapters: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def adapted(self, task: str, features: Tensor) -> Tensor:
+        """A task's pooled ``features`` through its adapter; as they are where there is none."""
+        return self.adapters[task](features) if task in self.adapters else features
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,15 @@ class Evaluator:
     def predicts(self, task: str) -> frozenset[str]:
         """Which of "answers", "tokens", "labels" and "hidden" ``predictions`` serves for a task; empty: none at all."""
         return frozenset()
+
+    def adapts(self, task: str) -> bool:
+        """Can adapters stand between the model and this task's head? Optional: by default they cannot.
+
+        Then ``predictions(over="answers", hidden=True)`` gives one row an item as ``hidden``, which is what the head
+        looks at before it normalises; and ``evaluate``, ``likelihoods`` and the logits of ``predictions`` put these
+        rows through ``Target.adapted`` on the way. ``hidden`` itself is what the adapter is given.
+        """
+        return False
 
     def check_predictable(self, items: Sequence[Item], over: str, *, labels: bool, hidden: bool) -> str:
         """The task of ``items``, for ``predictions`` to begin with.

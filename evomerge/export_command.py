@@ -41,6 +41,11 @@ def write_out(
 ) -> Path:
     """Write the merge to ``out`` and return its path; UserError for whatever stands against it, cheapest first."""
     as_adapter = wanted.as_what == "adapter"
+    if as_adapter and recipe.surgery is not None:
+        raise UserError(
+            "the adapters of surgery stand beside a checkpoint, not beside a LoRA adapter",
+            remedy="Leave out --as adapter, or --surgery.",
+        )
     if as_adapter and wanted.shard_size is not None:
         raise UserError("--shard-size is for checkpoints: an adapter is one file", remedy="Leave it out.")
     shard_size = SHARD_SIZE if wanted.shard_size is None else parse_size(wanted.shard_size, where="--shard-size")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from evomerge.companions import BASE_ONLY, Companions
 from evomerge.errors import CheckpointError
 from evomerge.folders import optional_files
 from evomerge.merging import SHARD_SIZE, Merger, Report, open_source, open_sources
-from evomerge.modelcard import all_sources, model_card
-from evomerge.recipe import Recipe, Source
+from evomerge.modelcard import NOT_PLAIN, all_sources, model_card
+from evomerge.recipe import Recipe, Source, Surgery
+from evomerge.surgery import FILE as SURGERY_FILE
 from evomerge.writing import check_out, sync, whole_folder
 
 MANIFEST, RECIPE_FILE, CARD_FILE = "evomerge_manifest.json", "recipe.yaml", "README.md"
@@ -32,6 +34,7 @@ def export(
 ) -> Path:
     """Merge ``recipe`` and write a checkpoint that transformers loads: weights, config, tokenizer, recipe, model card.
 
+    Adapters behind the merge lie beside it, in ``surgery.safetensors``: what transformers loads is the merge alone.
     All is written into a temporary folder beside ``out``, synchronised, and renamed at the end (``whole_folder``).
 
     Args:
@@ -54,7 +57,8 @@ def export(
         hashes = write_checkpoint(
             merger, recipe, folder, shard_size=shard_size, card=card, companions=companions, progress=progress
         )
-        write_manifest(folder, recipe, hashes, companions.facts())
+        facts = {} if recipe.surgery is None else {"surgery": NOT_PLAIN}
+        write_manifest(folder, recipe, hashes, companions.facts() | facts)
     return out
 
 
@@ -91,6 +95,9 @@ def write_checkpoint(
     if alignment is not None and alignment.generation is not None:
         text = json.dumps(alignment.generation, indent=2) + "\n"
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    if recipe.surgery is not None:
+        shutil.copyfile(recipe.surgery.path, folder / SURGERY_FILE)
+        recipe = replace(recipe, surgery=Surgery(SURGERY_FILE, recipe.surgery.sha256))
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     text = model_card(recipe, base.config, {**(card or {}), **companions.facts()})
     (folder / CARD_FILE).write_text(text, encoding="utf-8")

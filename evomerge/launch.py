@@ -22,6 +22,7 @@ from evomerge.spec import Spec, load_spec
 from evomerge.stages import keep
 from evomerge.store import Store
 from evomerge.study import Study, idle_workers
+from evomerge.surgery_stage import refuse_other_surgery
 from evomerge.warmstart import starting_points
 
 DEFAULT_STORE = "evomerge.db"
@@ -271,11 +272,13 @@ def run_study(
 
 def _refuse_other_search(plan: Plan, url: str) -> None:
     """Space, searcher, seed, objective and the code of methods and losses cannot drift, --allow-drift or not: stored
-    trials could not be replayed."""
+    trials could not be replayed. Nor can the options of adapters that are trained."""
     name = plan.spec.name
     if not _exists(url, name):
         return
-    stored = Store.open(url, name).record["fingerprint"]
+    record = Store.open(url, name).record
+    refuse_other_surgery(plan.spec, record)
+    stored = record["fingerprint"]
     code = sorted(key for key in {*stored, *plan.fingerprint} if key.startswith(("method ", "loss ")))
     keys = ("space", "search", "seed", "objective", "tokenizer", *code)
     other = [key for key in keys if stored.get(key) != plan.fingerprint.get(key)]

@@ -11,9 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evomerge.estimates import Aggregate, Estimates
 from evomerge.leaderboard_text import render_terminal, to_csv, to_json, to_markdown
+from evomerge.modelcard import listed
 from evomerge.objectives import Objective, merit
-from evomerge.ranking import Judge, choose_winner, find_winner, is_candidate, is_control, ranked_trials
+from evomerge.ranking import (
+    SURGERY,
+    Judge,
+    best_control,
+    choose_winner,
+    find_winner,
+    is_candidate,
+    is_control,
+    is_surgery,
+    ranked_trials,
+)
 from evomerge.statistics import Difference, Estimate
+from evomerge.surgery_stage import in_short as surgery_in_short
 from evomerge.training import in_short, is_transductive
 
 if TYPE_CHECKING:
@@ -30,12 +42,12 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate or a control on one split."""
+    """A candidate or a control on one split, or one of them with adapters behind it (surgery)."""
 
     rank: int | None  # among candidates; None for controls and for what has not been re-tested
     subject: str
     name: str
-    kind: Literal["candidate", "control"]
+    kind: Literal["candidate", "control", "surgery"]
     score: Estimate | None  # the objective; of several, their mean
     objectives: Mapping[str, Estimate]  # each of them, where there are several
     misses: tuple[str, ...]  # the constraints that it misses, in words
@@ -47,8 +59,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """``subject`` minus ``against`` on the items of ``split``."""
+
+    subject: str
+    against: str
+    split: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class Leaderboard:
-    """What a study found. ``select`` ranks; ``test`` holds the winner and the controls once a winner was tested."""
+    """What a study found. ``select`` ranks; ``test`` holds the winner and the controls once a winner was tested, and
+    what was tested with adapters: those rows have no rank, and are never the winner or the best control."""
 
     study: str
     tasks: tuple[str, ...]
@@ -62,6 +85,7 @@ class Leaderboard:
     winner: str | None  # subject
     best_control: str | None  # subject, chosen on select
     tested: Difference | None  # winner minus best control, on test
+    surgery: tuple[Gain, ...]  # what adapters give winner and best control, and what is then between these
     verdict: str
     notes: tuple[str, ...]
 
@@ -109,14 +133,17 @@ class _Board:
         return {"select": self.select, "test": self.test}
 
     def build(self) -> Leaderboard:
-        controls = [e for s, e in self.select.items() if is_control(s)]
-        best_control = max(controls, key=self.judges["select"].merit, default=None)
+        control = best_control(self.select.values(), self.objective)
         winner = find_winner(self.record, [*self.select.values(), *self.test.values()], self.merits)
-        select = self._rows("select", self.select, best_control.subject if best_control else None)
+        select = self._rows("select", self.select, control.subject if control else None)
         front = self.judges["select"].front(list(self.select.values())) if self.objective.several else set()
-        shown = {s: e for s, e in self.test.items() if is_control(s) or (winner and s == winner.subject)}
+        adapted = {SURGERY + e.subject for e in (winner, control) if e is not None}
+        shown = {
+            s: e for s, e in self.test.items() if is_control(s) or s in adapted or (winner and s == winner.subject)
+        }
         in_test = winner is not None and winner.subject in shown
-        test = self._rows("test", shown, best_control.subject if best_control else None) if in_test else ()
+        test = self._rows("test", shown, control.subject if control else None) if in_test else ()
+        gains = tuple(self._gains(winner, control))
         tested = next((r.difference for r in test if winner and r.subject == winner.subject), None)
         board = Leaderboard(
             study=self.study,
@@ -129,10 +156,11 @@ class _Board:
             failed=self._failed(),
             front=tuple(r.subject for r in select if r.subject in front),
             winner=winner.subject if winner else None,
-            best_control=best_control.subject if best_control else None,
+            best_control=control.subject if control else None,
             tested=tested,
+            surgery=gains,
             verdict="",
-            notes=tuple(self._notes(winner)),
+            notes=(*self._notes(winner), *_of_surgery(gains, self.record)),
         )
         return replace(board, verdict=_verdict(board, self.trials))
 
@@ -143,7 +171,8 @@ class _Board:
         ranked = judge.ranked((e for s, e in evaluations.items() if is_candidate(s)), self.merits)
         ranks = {e.subject: rank for rank, e in enumerate(ranked, 1)}
         controls = [e for s, e in evaluations.items() if is_control(s)]
-        best_first = sorted([*controls, *ranked], key=judge.merit, reverse=True)
+        adapted = [e for s, e in evaluations.items() if is_surgery(s)]
+        best_first = sorted([*controls, *ranked, *adapted], key=judge.merit, reverse=True)
         return tuple(self._row(e, ranks.get(e.subject), against, judge(e).misses) for e in best_first)
 
     def _row(self, e: Evaluation, rank: int | None, against: Evaluation | None, misses: tuple[str, ...]) -> Row:
@@ -153,7 +182,7 @@ class _Board:
             rank=rank,
             subject=e.subject,
             name=name_of(e.subject),
-            kind="control" if is_control(e.subject) else "candidate",
+            kind="control" if is_control(e.subject) else "surgery" if is_surgery(e.subject) else "candidate",
             score=self.estimates.score(e),
             objectives=self.estimates.objectives(e) if self.objective.several else {},
             misses=misses,
@@ -161,8 +190,27 @@ class _Board:
             difference=difference,
             search=self.search.get(e.subject),
             failures=self._failures[e.subject],
-            merge=merge_in_short(e.recipe),
+            merge=merge_in_short(e.recipe) + self._behind(e.subject),
         )
+
+    def _behind(self, subject: str) -> str:
+        """What stands behind the merge of ``subject``, in words."""
+        if not is_surgery(subject):
+            return ""
+        return f"; not a plain checkpoint: {surgery_in_short(self.record, subject) or 'adapters'}"
+
+    def _gains(self, winner: Evaluation | None, control: Evaluation | None) -> Iterable[Gain]:
+        """On test as soon as all was tested, else on select: what adapters give, and winner minus control with them."""
+        plain = [e.subject for e in (winner, control) if e is not None]
+        names = [s for s in plain if SURGERY + s in self.select]
+        if not names:
+            return
+        split = "test" if all(s in self.test and SURGERY + s in self.test for s in names) else "select"
+        there = self._retested[split]
+        pairs = [(SURGERY + s, s) for s in names]
+        pairs += [(SURGERY + names[0], SURGERY + names[1])] if len(names) == 2 else []
+        for subject, against in pairs:
+            yield Gain(subject, against, split, self.estimates.difference(there[subject], there[against]))
 
     # What did not make it into the ranking
 
@@ -232,6 +280,17 @@ class _Board:
             yield f"No intervals for {odd}: the score is not a mean over items, and its evaluator was not at hand."
 
 
+def _of_surgery(gains: Sequence[Gain], record: Mapping[str, Any]) -> Iterable[str]:
+    if not gains:
+        return
+    behind = surgery_in_short(record, gains[0].subject) or "adapters"
+    says = [f"{name_of(g.subject)} scores {_by(g.difference)} against {name_of(g.against)}" for g in gains]
+    yield (
+        f"With surgery there are {behind} behind a merge, trained on search items without labels: not a plain "
+        f"checkpoint, and never the winner. On {gains[0].split} {listed(says)}."
+    )
+
+
 def _split_key(key: str) -> tuple[str, str]:
     """(subject, split) of an evaluation's key, ``subject/split`` or ``subject/split/r2``."""
     subject, _, split = re.sub(r"/r\d+$", "", key).rpartition("/")
@@ -246,6 +305,8 @@ def name_of(subject: str) -> str:
         return known.get(rest, rest.replace("expert:", "expert ").replace("task_arithmetic", "task arithmetic"))
     if kind == "recommended":
         return f"searcher's pick after {rest}"
+    if is_surgery(subject):
+        return f"{name_of(rest)} + surgery"
     return f"{kind} {rest}"
 
 

@@ -107,7 +107,8 @@ def _tables(board: Leaderboard) -> Iterator[Table]:
         yield _table("What they are", ["", "merge"], merges)
     if board.test:
         rows = [[_label(r, board), _scored(r.score), _scored(r.difference), _p(r.difference)] for r in board.test]
-        yield _table("The winner and the controls on test", ["", interval, control, "p"], rows)
+        adapted = ", and with adapters" if board.surgery else ""
+        yield _table(f"The winner and the controls on test{adapted}", ["", interval, control, "p"], rows)
         yield from _more_tables("Test", board.test, board)
     if board.search_only:
         rows = [[_label(r, board), _number(r.search), r.merge] for r in board.search_only]
@@ -163,6 +164,7 @@ def _label(r: Row, board: Leaderboard) -> str:
     on_select = any(r is row for row in board.select)  # the front is that of select
     marks = [
         (" (control)", r.kind == "control"),
+        (" (not a plain checkpoint)", r.kind == "surgery"),
         (" (infeasible)", bool(r.misses)),
         (" (front)", on_select and r.subject in board.front),
         (WINNER, r.subject == board.winner),

@@ -73,15 +73,22 @@ def _reference(source: Source, names: Mapping[str, str], adapter_of: Source | No
     return {"model": written} if adapter_of is None else {"model": written, "lora": {"path": path}}
 
 
-def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[str, str]) -> dict[str, Any]:
-    """One configuration."""
-    recipe = recipe.canonical()
+def _check(recipe: Recipe) -> None:
+    """SpecError for what no configuration says."""
+    if recipe.surgery is not None:
+        raise refuse("adapters behind the merge (surgery)")
     if any(group.method is not None for group in recipe.groups):
         raise refuse(f"a method for each part of the model ({', '.join(recipe.methods)})")
     if recipe.method not in COUNTERPARTS or recipe.code is not None:
         raise refuse(f"method {recipe.method}")
     if any(group.kinds for group in recipe.groups):
         raise refuse("groups by kind of module")
+
+
+def _document(recipe: Recipe, is_adapter: Callable[[str], bool], names: Mapping[str, str]) -> dict[str, Any]:
+    """One configuration."""
+    recipe = recipe.canonical()
+    _check(recipe)
     recipe = _spelt_out(recipe)
     counterpart = COUNTERPARTS[recipe.method]
     params = recipe.to_dict()["params"]

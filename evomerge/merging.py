@@ -41,6 +41,7 @@ from evomerge.placement import Placement, place, refuse_offloaded
 from evomerge.progress import Progress
 from evomerge.recipe import DTYPES, Collected, Group, Recipe, Source
 from evomerge.safetensor_files import ShardWriter
+from evomerge.surgery import verify as verify_surgery
 from evomerge.task_vectors import Place, TaskVectors, merge
 
 Report = Callable[[int, int], None]
@@ -548,8 +549,9 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
     Args:
         progress: called with (source name, bytes done, bytes in all).
 
-    Returns the recipe with all hashes filled in, those of its stages and statistics included. Raises CheckpointError
-    for a source whose content is not what the recipe's sha256 says, and for statistics of others than its sources.
+    Returns the recipe with all hashes filled in, those of its stages, statistics and adapters included. Raises
+    CheckpointError for a source or adapters whose content is not what the recipe's sha256 says, and for statistics of
+    others than its sources.
     """
 
     def checked(source: Source, role: str) -> Source:
@@ -577,6 +579,8 @@ def verify_sources(recipe: Recipe, progress: Callable[[str, int, int], None] | N
 
     base = None if recipe.base is None else checked(recipe.base, "base")
     recipe = replace(recipe, base=base, experts=tuple(checked(source, "expert") for source in recipe.experts))
+    if recipe.surgery is not None:
+        recipe = replace(recipe, surgery=verify_surgery(recipe.surgery))
     kinds = sorted({kind for group in recipe.groups if (kind := method_of(recipe, group).statistics) is not None})
     if recipe.statistics is None or not kinds:
         return recipe

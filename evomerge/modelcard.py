@@ -13,6 +13,12 @@ from evomerge.hub import HubId, hub_id
 from evomerge.recipe import Group, Recipe, Source
 
 MOST_ROWS = 64  # groups that a card shows
+NOT_PLAIN = (  # what must be said of adapters behind a merge wherever it is handed on
+    "Not a plain checkpoint: the scores of the study need the adapters in surgery.safetensors, which transformers does "
+    "not load. Of a task TASK take the model's pooled features Z (items, width) before they are normalised and go into "
+    "the task's head, and put Z' = Z - ReLU(Z down^T) up^T in their place, by the tensors TASK.down (rank, width) and "
+    "TASK.up (width, rank). Without this step the weights are an ordinary checkpoint, the merge alone."
+)
 
 
 def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
@@ -31,7 +37,13 @@ def model_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any
     on_hub = [found.repo for _, source, _ in all_sources(recipe) if (found := _on_hub(source)) is not None]
     if on_hub:
         head |= {"base_model": list(dict.fromkeys(on_hub)), "base_model_relation": "merge"}
-    return _card(recipe, config, card, head, f"written in {recipe.export_dtype}")
+    note = ""
+    if recipe.surgery is not None:
+        head["tags"].append("representation-surgery")
+        source = "Representation surgery: Yang et al. 2024, [arXiv:2402.02705](https://arxiv.org/abs/2402.02705)."
+        with_scores = " The scores below are with the adapters." if card.get("scores") else ""
+        note = f"**{NOT_PLAIN.replace(':', ':**', 1)}{with_scores} {source} `evomerge evaluate` applies them."
+    return _card(recipe, config, card, head, f"written in {recipe.export_dtype}", note)
 
 
 def adapter_card(recipe: Recipe, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ class ObjectiveSpec(Strict):
         """SpecError, naming the key below ``where``, unless all that is named is there.
 
         Args:
-            learned: the search learns from the tasks' own experts, so that ``experts`` is for it, too.
+            learned: the search or surgery learns from the tasks' own experts, so that ``experts`` is for it, too.
         """
         for name in self.of:
             if name not in WORDS and name not in tasks:

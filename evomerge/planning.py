@@ -37,6 +37,7 @@ from evomerge.searchers.lookup import find as find_searcher
 from evomerge.space import Space
 from evomerge.spec import Spec, resolve_evaluator
 from evomerge.stages import placed
+from evomerge.surgery_stage import check_surgery
 from evomerge.training import check_gradients, check_room, learned_layout
 from evomerge.validation import at
 
@@ -177,6 +178,7 @@ def build_plan(
         layout = learned_layout(searcher, sources, unplaced, spec.space_where)
         if layout is not None:
             check_room(searcher, layout, at(str(spec.path or "experiment"), "search.method"), workers=here)
+    check_surgery(spec, evaluator)
     _require_every_split(items, context.tasks)
 
     scratch = str(spec.scratch_path or "")

@@ -26,6 +26,8 @@ from evomerge.evaluation import Outcome
 from evomerge.scratch import remove_stale
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from evomerge.worker import Worker
 
 
@@ -72,6 +74,9 @@ class Job:
     is merged by numbers that no file holds, ``learned`` has them: kind (of the statistics that they are) and tensors,
     for each expert (once, where all share them) tensor name -> array of one float type; their gradient is then wanted,
     too. To learn there are ``shares``, a number a batch: the gradient is that of the sum of share times loss.
+
+    ``surgery`` asks for adapters behind the recipe's merge instead: tasks (task -> [place of its own expert, item ids])
+    and rank, steps, lr, batch, seed (see ``surgery_training.train``).
     """
 
     key: str
@@ -79,6 +84,7 @@ class Job:
     recipe: Mapping[str, Any]  # Recipe.to_dict()
     item_ids: tuple[str, ...]
     gradient: Mapping[str, Any] | None = None
+    surgery: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,20 @@ class BatchGradient:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Adapters behind a merge, by task: (down, up) in float32, and the L1 distance to the expert's features before and
+    after."""
+
+    adapters: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    distances: Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Result:
     """What came back for a job: outcomes in the order of its item_ids, or a failure; never both.
 
-    Of a job that asked for gradients, these in the order of its batches, in place of outcomes.
+    Of a job that asked for gradients, these in the order of its batches, in place of outcomes; of one that asked for
+    adapters, these.
     """
 
     key: str
@@ -118,6 +134,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)  # merge, evaluate, total
     worker: str = ""  # host:pid
     gradients: tuple[BatchGradient, ...] | None = None
+    trained: Trained | None = None
 
 
 class Pool(Protocol):

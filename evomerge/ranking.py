@@ -15,12 +15,20 @@ if TYPE_CHECKING:
     from evomerge.store import Evaluation, TrialRecord
 
 
+SURGERY = "surgery:"  # how subjects begin that are another one with adapters behind it
+
+
 def is_candidate(subject: str) -> bool:
     return subject.startswith(("trial:", "recommended:"))
 
 
 def is_control(subject: str) -> bool:
     return subject.startswith("control:")
+
+
+def is_surgery(subject: str) -> bool:
+    """Is this another subject with adapters behind it? It is neither a candidate nor a control, and chooses nothing."""
+    return subject.startswith(SURGERY)
 
 
 def ranked_trials(trials: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
@@ -111,6 +119,13 @@ def choose_winner(
     latest = {e.subject: e for e in evaluations if e.split == "select"}
     candidates = [e for e in latest.values() if is_candidate(e.subject)]
     return next(iter(Judge(objective, latest.values()).ranked(candidates, search)), None)
+
+
+def best_control(evaluations: Iterable[Evaluation], objective: Objective = PLAIN) -> Evaluation | None:
+    """The control of the highest merit on select, which the winner is held against; None if none has a score."""
+    latest = {e.subject: e for e in evaluations if e.split == "select"}
+    controls = [e for e in latest.values() if is_control(e.subject)]
+    return max(controls, key=Judge(objective, latest.values()).merit, default=None)
 
 
 def find_winner(

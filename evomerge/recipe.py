@@ -49,6 +49,17 @@ class Collected:
 
 
 @dataclass(frozen=True)
+class Surgery:
+    """Adapters behind the merge (``evomerge.surgery``): their file, and the hash of what it holds."""
+
+    path: str
+    sha256: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
 class Group:
     """The weights (one an expert, in the recipe's order) for a part of the model.
 
@@ -87,7 +98,8 @@ class Recipe:
 
     ``code`` is that of a method which is not evomerge's own. It does not run by being named here, so that the numbers
     of such a recipe are checked when it is merged (``methods.lookup.permit``). ``tokenizer`` is the vocabulary that the
-    sources are brought to; None: all have the base's.
+    sources are brought to; None: all have the base's. ``surgery`` names adapters that stand behind the merged model,
+    which is then no plain checkpoint; the merge itself is the same with them and without.
     """
 
     base: Source | None
@@ -100,6 +112,7 @@ class Recipe:
     code: Code | None = None
     statistics: Collected | None = None
     tokenizer: TokenizerChoice | None = None
+    surgery: Surgery | None = None
 
     def group_for(self, info: TensorInfo) -> Group:
         """The one group that ``info`` belongs to; SpecError if the recipe has none for it."""
@@ -189,6 +202,7 @@ class Recipe:
             **({"code": self.code.to_dict()} if self.code else {}),
             "params": self._checked(),
             **({"statistics": self.statistics.to_dict()} if self.statistics else {}),
+            **({"surgery": self.surgery.to_dict()} if self.surgery else {}),
             "groups": groups,
             "seed": self.seed,
             "export_dtype": self.export_dtype,
@@ -217,8 +231,8 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of everything but names of places: content hashes stand for sources, code and statistics, not
-        their paths.
+        """SHA-256 (hex) of everything but names of places: content hashes stand for sources, code, statistics and
+        adapters, not their paths.
 
         A stage's is the hash of its recipe. Where groups have methods of their own, it does not matter which of the
         methods stands at the top.
@@ -240,6 +254,8 @@ class Recipe:
                 entry["method"], entry["code"] = split_reference(name)[1] or name, thing.code.sha256
         if self.statistics is not None and self.statistics.sha256:
             del data["statistics"]["path"]
+        if self.surgery is not None and self.surgery.sha256:
+            del data["surgery"]["path"]
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @classmethod

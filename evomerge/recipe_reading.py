@@ -18,6 +18,7 @@ from evomerge.recipe import (
     Group,
     Recipe,
     Source,
+    Surgery,
     checked_params,
     is_recipe_file,
 )
@@ -26,8 +27,8 @@ from evomerge.validation import at, read_documents, validate
 
 MOST_STAGES = 16  # recipes inside each other
 KEYS = (
-    "evomerge_recipe", "base", "experts", "tokenizer", "method", "code", "params", "statistics", "groups", "weights",
-    "filter", "methods", "seed", "export_dtype",
+    "evomerge_recipe", "base", "experts", "tokenizer", "method", "code", "params", "statistics", "surgery", "groups",
+    "weights", "filter", "methods", "seed", "export_dtype",
 )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ class Reader:
         if export_dtype not in DTYPES:
             raise self.error("export_dtype", f"{_shown(export_dtype)} is unknown", nearest(str(export_dtype), DTYPES))
         tokenizer = self.tokenizer(data.get("tokenizer"), names)
-        return Recipe(base, experts, method, groups, params, seed, export_dtype, code, statistics, tokenizer)
+        surgery = self.surgery(data.get("surgery"))
+        return Recipe(base, experts, method, groups, params, seed, export_dtype, code, statistics, tokenizer, surgery)
 
     def tokenizer(self, data: Any, names: list[str]) -> TokenizerChoice | None:
         if data is None:
@@ -136,7 +138,7 @@ class Reader:
             raise self.error(key, f"more than {MOST_STAGES} recipes inside each other")
         if isinstance(data, Mapping):
             place = at(self.where, key)
-            return Reader(place, self.folder, (*self.inside, place)).recipe(data)
+            return self.plain(key, Reader(place, self.folder, (*self.inside, place)).recipe(data))
         if not isinstance(data, str) or not is_recipe_file(data):
             raise self.error(
                 key, f"must be a recipe or a recipe's file ({', '.join(RECIPE_FILES)}), but is {_shown(data)}"
@@ -148,7 +150,17 @@ class Reader:
             raise self.error(key, f"a recipe cannot be made from itself, but {circle}", "Name another source.")
         if not file.is_file():
             raise self.error(key, f"there is no recipe {data!r} ({file.absolute()})", "Give the path of a recipe.")
-        return read_recipe(file, self.inside)
+        return self.plain(key, read_recipe(file, self.inside))
+
+    def plain(self, key: str, stage: Recipe) -> Recipe:
+        """``stage``, whose weights are all that a merge of it could take."""
+        if stage.surgery is not None:
+            raise self.error(
+                key,
+                "a merge of weights cannot take the adapters of surgery that this stage has",
+                "Take surgery out of the stage's recipe.",
+            )
+        return stage
 
     def method(
         self, data: Mapping[Any, Any], num_experts: int, has_base: bool, key: str = ""
@@ -227,6 +239,19 @@ class Reader:
         if self.folder is not None:
             path = str(self.folder / Path(path).expanduser())
         return Collected(path, dict(hashes))
+
+    def surgery(self, data: Any) -> Surgery | None:
+        """The file of adapters behind the merge, given as a path or as {path, sha256}."""
+        if data is None:
+            return None
+        entry = {"path": data} if isinstance(data, str) else data
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str) or not entry["path"]:
+            raise self.error("surgery", f"must be the path of a file of adapters, but is {_shown(data)}")
+        self.known_keys("surgery", entry, ("path", "sha256"))
+        path, sha256 = entry["path"], entry.get("sha256") or ""
+        if not isinstance(sha256, str):
+            raise self.error("surgery.sha256", f"must be text, but is {_shown(sha256)}", "Put it in quotation marks.")
+        return Surgery(path if self.folder is None else str(self.folder / Path(path).expanduser()), sha256)
 
     def params(self, key: str, method: str, shared: Mapping[str, Any], data: Any) -> dict[str, Any]:
         """Checked parameters: all of them at the top (nothing is ``shared`` yet), what is given in a group."""

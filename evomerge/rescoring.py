@@ -18,12 +18,15 @@ from evomerge.folders import find_folder
 from evomerge.hub import fetch, hub_id
 from evomerge.merging import Merger, load_resident, open_sources, verify_sources
 from evomerge.methods.lookup import permit
+from evomerge.modelcard import listed
 from evomerge.objectives import Judged
 from evomerge.planning import Plan, drift
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, Surgery
 from evomerge.scratch import remove_stale, scratch_folder, written
 from evomerge.stages import built, stages
 from evomerge.store import Store
+from evomerge.surgery import FILE as SURGERY_FILE
+from evomerge.surgery import Adapter, in_words, lacking, read
 from evomerge.vocabulary import has_tokenizer
 from evomerge.worker import load_tokenizer, settle
 
@@ -39,6 +42,7 @@ class Scores:
     judged: Judged | None  # None: the scores that the objective is relative to are not known here
     recipe: Recipe | None
     adapter: bool = False  # scored as a LoRA adapter beside its base
+    surgery: str | None = None  # adapters behind the model, in words; None: it is scored as it is
 
     @property
     def objective(self) -> float | None:
@@ -60,7 +64,13 @@ class Comparison:
 
 
 def score_target(
-    target: Path, plan: Plan, split: str, *, allow_code: bool = False, study: Store | None = None
+    target: Path,
+    plan: Plan,
+    split: str,
+    *,
+    allow_code: bool = False,
+    study: Store | None = None,
+    surgery: bool = True,
 ) -> Scores:
     """Evaluate a checkpoint or LoRA adapter (loaded by plain transformers and PEFT), or a recipe file, on one split.
 
@@ -69,6 +79,7 @@ def score_target(
 
     Args:
         study: holds the scores of the base and the experts, where the objective is relative to them.
+        surgery: put the adapters that lie beside an export, or that a recipe names, behind the model.
 
     Raises:
         UserError: ``target`` is neither a checkpoint nor a recipe, or does not fit the experiment.
@@ -90,18 +101,51 @@ def score_target(
             recipe = verify_sources(recipe)
     else:
         raise SpecError(f"{target} is neither a checkpoint folder nor a recipe file", remedy="Check the path.")
+    if recipe is not None and not surgery:
+        recipe = replace(recipe, surgery=None)
+    adapters = _adapters(target, recipe, plan) if surgery else {}
     ids = plan.item_ids(split)
     look = _at_model if plan.evaluator.needs == "model" else _on_disk
     try:
         with look(target, recipe, plan) as place:
-            outcomes = plan.evaluator.evaluate(place, ids)
+            outcomes = plan.evaluator.evaluate(replace(place, adapters=adapters), ids)
             check_outcomes(outcomes, ids)
     except CandidateError as error:
         raise EvaluatorError(f"{target} could not be evaluated: {error}") from error
     items = tuple(item for item in plan.items if item.split == split)
     scores = task_scores(plan.evaluator, items, outcomes)
     judged = _judged(plan, split, scores, study)
-    return Scores(split, items, tuple(outcomes), scores, judged, recipe, _is_adapter(target))
+    behind = f"{in_words(adapters)} for {listed(list(adapters))}" if adapters else None
+    return Scores(split, items, tuple(outcomes), scores, judged, recipe, _is_adapter(target), behind)
+
+
+def _adapters(target: Path, recipe: Recipe | None, plan: Plan) -> dict[str, Adapter]:
+    """Those that lie beside the weights, or that the recipe names; none for a plain merge.
+
+    Raises:
+        CheckpointError: the file is gone, or is not the one that the recipe was made with.
+        EvaluatorError: the experiment has no use for them.
+    """
+    beside = target / SURGERY_FILE
+    named = None if recipe is None else recipe.surgery
+    if target.is_dir() and (named is not None or beside.is_file()):
+        named = Surgery(str(beside), "" if named is None else named.sha256)
+    if named is None:
+        return {}
+    adapters, remedy = read(named), "Score it without them by --no-surgery."
+    wanted = [task for task in plan.tasks if task in adapters]
+    if not wanted:
+        raise EvaluatorError(
+            f"the adapters of {named.path} are for {listed(list(adapters))}, and the experiment's tasks are "
+            f"{listed(list(plan.tasks))}",
+            remedy=remedy,
+        )
+    if without := lacking(plan.evaluator, wanted):
+        raise EvaluatorError(
+            f"{named.path} has adapters for task {without[0]!r}, but this experiment's evaluator has no place for them",
+            remedy=remedy,
+        )
+    return {task: adapters[task] for task in wanted}
 
 
 def _check_checkpoint(target: Path, plan: Plan) -> None:
@@ -251,6 +295,7 @@ def as_json(scores: Scores, comparison: Comparison | None) -> dict[str, Any]:
         "misses": list(scores.judged.misses) if scores.judged else None,
         "tasks": scores.tasks,
         "recipe": scores.recipe.hash if scores.recipe else None,
+        "surgery": scores.surgery,
         "items": [{"id": o.item_id, "task": tasks[o.item_id], **_values(o)} for o in scores.outcomes],
     }
     if comparison is not None:
@@ -281,6 +326,8 @@ def lines(scores: Scores, comparison: Comparison | None) -> Sequence[str]:
         if len(scores.judged.values) > 1:
             text[-1] += f"  (mean of {', '.join(f'{value:.4f}' for value in scores.judged.values)})"
         text += [f"misses {miss}" for miss in scores.judged.misses]
+    if scores.surgery is not None:
+        text.append(f"with {scores.surgery}: not a plain checkpoint (--no-surgery leaves them out)")
     if comparison is not None:
         if comparison.identical:
             text.append(f"identical to the study's {comparison.key} on all {comparison.items} items, bit for bit")

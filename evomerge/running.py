@@ -16,7 +16,7 @@ from evomerge.errors import CandidateError, Interrupted, ResourceError
 from evomerge.evaluation import task_scores
 from evomerge.objectives import Objective
 from evomerge.planning import Plan
-from evomerge.pools import BatchGradient, Failure, Job, Pool, Result
+from evomerge.pools import BatchGradient, Failure, Job, Pool, Result, Trained
 from evomerge.progress import Progress
 from evomerge.recipe import Recipe
 from evomerge.store import Evaluation, Store
@@ -92,6 +92,7 @@ class _Running:
     split: str
     recipe: Recipe
     started: float
+    keep: Callable[[Trained], None] | None = None  # of a job that trains adapters
 
 
 class Runner:
@@ -194,6 +195,22 @@ class Runner:
             return
         self._start(key, subject, split, recipe)
 
+    def train(
+        self, subject: str, split: str, recipe: Recipe, wanted: Mapping[str, Any], keep: Callable[[Trained], None]
+    ) -> None:
+        """Start training adapters for ``recipe``, as an evaluation on a split of that name would be; one that has
+        failed for good is ready at once.
+
+        Args:
+            wanted: ``Job.surgery``.
+            keep: stores what comes back.
+        """
+        failed = self.failure(subject, split)
+        if failed is not None:
+            self._ready.append(Done(f"{subject}/{split}", None, failed))
+            return
+        self._start(f"{subject}/{split}", subject, split, recipe, wanted, keep)
+
     def give_up(self, subject: str, split: str, failure: Failure) -> None:
         """What ``failure`` says stands against an evaluation: it is ready at once, as one that failed."""
         key = f"{subject}/{split}"
@@ -281,13 +298,21 @@ class Runner:
             "that there are by giving their number as --budget.",
         )
 
-    def _start(self, key: str, subject: str, split: str, recipe: Recipe) -> None:
+    def _start(
+        self,
+        key: str,
+        subject: str,
+        split: str,
+        recipe: Recipe,
+        surgery: Mapping[str, Any] | None = None,
+        keep: Callable[[Trained], None] | None = None,
+    ) -> None:
         pool = self.pool
         attempt = self._attempts.get(key, 0) + 1
         self._attempts[key] = attempt
-        job = Job(key, attempt, recipe.to_dict(), self.plan.item_ids(split))
+        job = Job(key, attempt, recipe.to_dict(), self.plan.item_ids(split), surgery=surgery)
         self.store.log_attempt(key, attempt, "started", "", "", 0.0, "")
-        self._running[key] = _Running(job, subject, split, recipe, time.monotonic())
+        self._running[key] = _Running(job, subject, split, recipe, time.monotonic(), keep)
         pool.submit(job)
 
     def wait(self) -> list[Done]:
@@ -312,6 +337,12 @@ class Runner:
             self.progress.log(f"ignored a late result of {result.key}, attempt {result.attempt}")
             return None
         seconds = result.seconds.get("total", time.monotonic() - running.started)
+        if result.failure is None and running.keep is not None:
+            assert result.trained is not None
+            running.keep(result.trained)
+            self.store.log_attempt(result.key, result.attempt, "complete", "", "", seconds, result.worker)
+            del self._running[result.key]
+            return Done(result.key, None, None, seconds)
         if result.failure is None:
             assert result.outcomes is not None
             self._store_evaluation(
@@ -336,7 +367,8 @@ class Runner:
             if self._lost[result.key] <= self.retries:
                 self.progress.log(f"{result.key}: {failure.reason}; trying again")
                 if self.stop.level == 0:
-                    self._start(result.key, running.subject, running.split, running.recipe)
+                    job = running.job
+                    self._start(job.key, running.subject, running.split, running.recipe, job.surgery, running.keep)
                 return None
             failure = self._gave_up(result.key, failure.reason)
         self._failed[result.key] = failure

@@ -21,7 +21,7 @@ from evomerge.modelcard import listed
 from evomerge.objectives import Objective
 from evomerge.planning import Plan, make_searcher
 from evomerge.progress import clock, size
-from evomerge.ranking import Judge, find_winner
+from evomerge.ranking import SURGERY, Judge, find_winner
 from evomerge.recipe import Recipe
 from evomerge.space import UNTOUCHED, Space
 from evomerge.space_parts import describe_rest
@@ -29,10 +29,11 @@ from evomerge.spec import Spec
 from evomerge.stages import kept_folder, stages
 from evomerge.store import Evaluation, Store
 from evomerge.study import idle_workers, opening_controls, sweep_values
+from evomerge.surgery_stage import lines as surgery_lines
 from evomerge.training import curve_in_short
 from evomerge.warmstart import starting_points
 
-# A run ends with exit code 3 when more than this share of its trials failed, or when a control did.
+# A run ends with exit code 3 when more than this share of its trials failed, or when a control or adapters did.
 FAILED_SHARE = 0.1
 WIDTH = 100  # columns of what is printed about a plan
 
@@ -41,11 +42,14 @@ def resolve_subject(store: Store, name: str) -> tuple[str, Recipe]:
     """The subject (``trial:17``, ``control:average``, ...) and recipe behind what a user typed.
 
     Args:
-        name: ``best``, a trial's number, or a subject with or without its ``control:`` prefix.
+        name: ``best``, a trial's number, or a subject with or without its ``control:`` prefix; ``surgery:`` and one of
+            these, for the same with its adapters.
 
     Raises:
         StudyError: the study has no such trial, or no winner yet.
     """
+    if name.startswith(SURGERY):
+        return _with_adapters(store, name)
     if name == "best":
         winner = find_winner(store.record, store.evaluations())
         if winner is None:
@@ -65,6 +69,21 @@ def resolve_subject(store: Store, name: str) -> tuple[str, Recipe]:
             return subject, Recipe.from_dict(by_subject[subject].recipe)
     shown = sorted(s.removeprefix("control:") for s in by_subject if not s.startswith("trial:"))
     raise StudyError(f"there is no trial {name!r}", remedy=f"Give a trial's number, best, or: {', '.join(shown)}.")
+
+
+def _with_adapters(store: Store, name: str) -> tuple[str, Recipe]:
+    """``surgery:NAME``: a subject that adapters were trained for; StudyError if there is none."""
+    subject = SURGERY + resolve_subject(store, name.removeprefix(SURGERY))[0]
+    recipes = {e.subject: e.recipe for e in store.evaluations() if e.subject.startswith(SURGERY)}
+    if subject not in recipes:
+        plain = subject.removeprefix(SURGERY)
+        remedy = f"There are some for {' and '.join(s.removeprefix(SURGERY) for s in recipes)}."
+        raise StudyError(
+            f"the study has no adapters for {plain}: they are trained for its winner and its best control, if the "
+            "experiment says `surgery`",
+            remedy=remedy if recipes else "Write `surgery: {}` into the experiment file, and go on by evomerge resume.",
+        )
+    return subject, Recipe.from_dict(recipes[subject])
 
 
 def card_of(store: Store, subject: str) -> dict[str, Any]:
@@ -93,7 +112,7 @@ def card_of(store: Store, subject: str) -> dict[str, Any]:
             for split, e in scores.items()
         },
         "objective": [] if objective.word else objective.text(),
-        "metrics": record["metrics"],
+        "metrics": {task: metric["metric"] for task, metric in record["metrics"].items()},
         "compute_dtype": record["worker"]["compute_dtype"],
         "libraries": record["libraries"],
     }
@@ -121,6 +140,7 @@ def show_trial(store: Store, name: str) -> str:
             *(f"  {k:<24} {f'{v:.6g}' if isinstance(v, float) else plain(v)}" for k, v in trial.point.items()),
         ]
         lines += curve_in_short(store.trainings(), trial.n)
+    lines += surgery_lines(store.record, subject)
     evaluations = store.evaluations()
     for evaluation in evaluations:
         if evaluation.subject != subject:
@@ -216,6 +236,12 @@ def describe_plan(plan: Plan, options: Options) -> str:
     search, select, test = (sum(sizes[s].values()) for s in ("search", "select", "test"))
     evaluations = budget + controls + sweep
     total = evaluations * search + (controls + top + 1) * select + (controls + 1) * test
+    if spec.surgery is not None:
+        total += 2 * (select + test)
+        lines.append(
+            f"surgery      adapters of rank {spec.surgery.rank} for {len(plan.tasks)} tasks, trained for the winner "
+            f"and the best control in {spec.surgery.steps} steps a task; 2 more evaluations on select and on test"
+        )
     lines += [
         f"evaluations  {budget} trials + {controls + sweep} controls on search, "
         f"then up to {controls + top + 1} on select and {controls + 1} on test: {total} items in all",
@@ -299,20 +325,24 @@ def stopped_after(spec: Spec, options: Options, typed: str) -> str:
 
 def closing(store: Store, typed: str) -> str:
     """The last words of a finished run: what to do next."""
+    adapted = f"  evomerge export {typed} --surgery --out adapted   the same, its adapters beside it\n"
+    adapted = adapted if store.record.get("surgery") else ""
     spent = clock(sum(e.seconds.get("total", 0.0) for e in store.evaluations()))
     return (
         f"{spent} of evaluation in all. Next:\n"
         f"  evomerge export {typed} --out merged     write the winner as a checkpoint\n"
+        f"{adapted}"
         f"  evomerge show {typed} best               its recipe and scores\n"
         f"  evomerge resume {typed} --budget +100    search on"
     )
 
 
 def needs_a_look(store: Store) -> bool:
-    """True if a control failed, or more than a tenth of the trials."""
+    """True if a control or adapters failed, or more than a tenth of the trials."""
     trials = store.trials()
     failed = sum(t.state == "fail" for t in trials)
     lost_control = any(
-        a.key.startswith("control:") and a.state not in ("started", "complete", "lost") for a in store.attempts()
+        a.key.startswith(("control:", SURGERY)) and a.state not in ("started", "complete", "lost")
+        for a in store.attempts()
     )
     return lost_control or failed > FAILED_SHARE * max(1, len(trials))

@@ -243,6 +243,17 @@ class TaskEntry(_Open):
     )
 
 
+class SurgerySpec(Strict):
+    """Adapters behind the winner and the best control (representation surgery)."""
+
+    model_config = ConfigDict(title="surgery")
+
+    rank: int = Field(default=16, ge=1, description="hidden width of an adapter: 2 x rank x width parameters a task")
+    steps: int = Field(default=1000, ge=1, description="steps of Adam for each task")
+    lr: float = Field(default=0.001, gt=0, description="Adam's step size")
+    batch: int = Field(default=16, ge=1, description="search items of the task in a step")
+
+
 class FinishSpec(Strict):
     """The closing stage of a study."""
 
@@ -341,6 +352,11 @@ class Spec(Strict):
     space: dict[str, Any] = Field(description="the search space: a file, or written here")
     search: SearchSpec = Field(description="which searcher, how long, and its own options")
     evaluate: EvaluateSpec = Field(description="what candidates are evaluated on")
+    surgery: SurgerySpec | None = Field(
+        default=None,
+        description="adapters on each task's features, trained for the winner and the best control and scored beside "
+        "them; {} for the defaults, null: none",
+    )
     objective: Annotated[ObjectiveSpec, BeforeValidator(read_objective)] = Field(
         default=ObjectiveSpec(),
         description="what the search maximises: mean, the tasks' mean by their weights; min, the lowest; or keys",
@@ -463,7 +479,7 @@ class Spec(Strict):
             spec.tokenizer.check(list(spec.experts), where=at(where, "tokenizer"))
         from evomerge.searchers.adamerging import may_look_at_experts
 
-        learned = may_look_at_experts(spec.search.options.get("loss"))
+        learned = may_look_at_experts(spec.search.options.get("loss")) or spec.surgery is not None
         where_objective = at(where, "objective")
         spec.objective.check(list(spec.evaluate.tasks), list(spec.experts), where=where_objective, learned=learned)
         check_space(spec.space, list(spec.experts), where=spec.space_where, folder=spec.code_folder)

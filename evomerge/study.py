@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from evomerge.dimensions import Point
@@ -12,11 +12,12 @@ from evomerge.objectives import Judged, Objective
 from evomerge.planning import Plan, make_searcher
 from evomerge.pools import Failure
 from evomerge.progress import Progress
-from evomerge.ranking import Standing, choose_winner, ranked_trials
+from evomerge.ranking import SURGERY, Standing, best_control, choose_winner, ranked_trials
 from evomerge.recipe import Group, Recipe
 from evomerge.running import Done, Runner
 from evomerge.searchers.base import GradientSearcher, Told
 from evomerge.store import Store, TrialRecord
+from evomerge.surgery_stage import TRAINING, Surgeries
 from evomerge.training import Training, batches_at_once
 from evomerge.warmstart import complete
 
@@ -326,10 +327,29 @@ class Study:
         self._evaluate(
             "winner and controls on test", "test", controls | {winner.subject: Recipe.from_dict(winner.recipe)}
         )
+        if self.plan.spec.surgery is not None:
+            control = best_control(self.store.evaluations("select"), self.objective)
+            chosen = [winner] if control is None else [winner, control]
+            self._operate({e.subject: Recipe.from_dict(e.recipe) for e in chosen})
         rounds = list(self.store.record.get("rounds", []))
         if not rounds or rounds[-1]["trials"] != len(self.trials) or rounds[-1]["winner"] != winner.subject:
             rounds.append({"trials": len(self.trials), "winner": winner.subject, "time": time.time()})
             self.store.update_record(rounds=rounds)
+
+    def _operate(self, subjects: dict[str, Recipe]) -> None:
+        """Adapters for each of ``subjects``, and what they are worth on `select` and `test`."""
+        surgeries = Surgeries(self.plan, self.store)
+
+        def train(subject: str, split: str, recipe: Recipe) -> None:
+            plain = subject.removeprefix(SURGERY)
+            self.runner.train(subject, split, recipe, surgeries.job(), lambda trained: surgeries.keep(plain, trained))
+
+        there = surgeries.recipes(subjects)
+        missing = {name: recipe for s, recipe in subjects.items() if (name := SURGERY + s) not in there}
+        self._evaluate("adapters for the winner and the best control", TRAINING, missing, train)
+        adapted = surgeries.recipes(subjects)
+        for split in ("select", "test"):
+            self._evaluate(f"with adapters on {split}", split, adapted)
 
     def finalists(self) -> dict[str, Recipe]:
         """The best k trials on search, distinct recipes, and the point that the searcher itself recommends."""
@@ -347,8 +367,19 @@ class Study:
                 chosen[f"recommended:{len(self.trials)}"] = recipe
         return chosen
 
-    def _evaluate(self, title: str, split: str, wanted: dict[str, Recipe]) -> None:
-        """Evaluate each recipe on ``split`` unless that is stored; failures are logged and leave a gap."""
+    def _evaluate(
+        self,
+        title: str,
+        split: str,
+        wanted: dict[str, Recipe],
+        submit: Callable[[str, str, Recipe], None] | None = None,
+    ) -> None:
+        """Evaluate each recipe on ``split`` unless that is stored; failures are logged and leave a gap.
+
+        Args:
+            submit: what is done instead, with (subject, split, recipe).
+        """
+        submit = submit or self.runner.submit
         todo = [
             (s, r) for s, r in wanted.items() if not self.runner.stored(s, split) and not self.runner.failure(s, split)
         ]
@@ -362,11 +393,11 @@ class Study:
                 while left and self.runner.has_room():
                     subject, recipe = next(queue)
                     left -= 1
-                    self.runner.submit(subject, split, recipe)
+                    submit(subject, split, recipe)
                 if not self.runner.running and (self.runner.stop.level or not left):
                     break
                 for done in self.runner.wait():
-                    score = "failed" if done.objective is None else f"{done.objective:.3f}"
+                    score = "failed" if done.failure else "" if done.objective is None else f"{done.objective:.3f}"
                     stage.advance(1, f"{done.key.rpartition('/')[0]} {score}")
         self._stop_if_asked()
 

@@ -10,6 +10,8 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +36,16 @@ from evomerge.merging import Merger, load_resident, open_sources, torch_dtype, w
 from evomerge.methods import fused
 from evomerge.methods.base import InputsChanged
 from evomerge.methods.lookup import load_codes
-from evomerge.pools import BatchGradient, Failure, Job, Result, WorkerSpec, one_line
+from evomerge.pools import BatchGradient, Failure, Job, Result, Trained, WorkerSpec, one_line
 from evomerge.recipe import Group, Recipe, Source
 from evomerge.scratch import check_scratch, remove_stale, written
+from evomerge.surgery import read
 from evomerge.tokenizer_choice import TokenizerChoice
 
 if TYPE_CHECKING:
     from evomerge.aligned import Alignment
     from evomerge.batch_losses import BatchLosses
+    from evomerge.surgery_training import SurgeryTraining
 
 DETAIL_LIMIT = 20_000  # characters of a traceback that are kept
 
@@ -76,6 +80,7 @@ class Worker:
         keep(self.sources, self._place(), spec.device)
         self.target: Target | None = None
         self._losses: BatchLosses | None = None
+        self._surgery: SurgeryTraining | None = None
         if self.evaluator.needs == "model":
             model = load_resident(
                 base_path,
@@ -124,8 +129,6 @@ class Worker:
 
     def _load_items(self) -> dict[str, Item]:
         """The study's items by id, with their splits; EvaluatorError if one is gone."""
-        from dataclasses import replace
-
         with _evaluators_fault(self.spec.evaluator, "load its items"):
             loaded = {item.id: item for item in reversed(self.evaluator.load())}
         missing = [i for i in self.spec.splits if i not in loaded]
@@ -139,7 +142,8 @@ class Worker:
         return {i: replace(loaded[i], split=split) for i, split in self.spec.splits.items()}
 
     def evaluate(self, job: Job) -> Result:
-        """Merge the job's recipe, into the model or to disk, and evaluate it on the job's items, or differentiate it.
+        """Merge the job's recipe, into the model or to disk, and evaluate it on the job's items, or differentiate it,
+        or train adapters for it.
 
         Whatever goes wrong with the candidate comes back as a Failure.
 
@@ -151,12 +155,15 @@ class Worker:
         seconds: dict[str, float] = {}
         outcomes: tuple[Outcome, ...] | None = None
         gradients: tuple[BatchGradient, ...] | None = None
+        trained: Trained | None = None
         failure: Failure | None = None
         recipe = Recipe.from_dict(job.recipe)
         self._check_sources(recipe)
         try:
             if job.gradient is not None:
                 gradients = self._batch_losses().of(recipe, job.gradient)
+            elif job.surgery is not None:
+                trained = self._surgery_training().of(recipe, job.surgery)
             else:
                 outcomes = self._outcomes(recipe, job.item_ids, seconds)
         except InputsChanged:
@@ -166,7 +173,7 @@ class Worker:
         if failure is not None and failure.kind == "memory":
             _free_memory()
         seconds["total"] = time.perf_counter() - began
-        return Result(job.key, job.attempt, outcomes, failure, seconds, self.name, gradients)
+        return Result(job.key, job.attempt, outcomes, failure, seconds, self.name, gradients, trained)
 
     def _outcomes(self, recipe: Recipe, item_ids: Sequence[str], seconds: dict[str, float]) -> tuple[Outcome, ...]:
         with contextlib.ExitStack() as stack:
@@ -188,12 +195,21 @@ class Worker:
             )
         return self._losses
 
+    def _surgery_training(self) -> SurgeryTraining:
+        if self._surgery is None:
+            from evomerge.surgery_training import SurgeryTraining
+
+            assert self.target is not None  # planning refuses evaluators that need a checkpoint
+            seeded = partial(_seeded, self.spec.seed)
+            self._surgery = SurgeryTraining(self.merger, self.evaluator, self.target, seeded)
+        return self._surgery
+
     @contextlib.contextmanager
     def _candidate(self, recipe: Recipe) -> Iterator[Target]:
         """The merge as the evaluator wants it: in the resident model, or on disk for as long as the block lasts."""
         if self.target is not None:
             self.merger.into(self.target.model, recipe)
-            yield self.target
+            yield self.target if recipe.surgery is None else replace(self.target, adapters=read(recipe.surgery))
             return
         with written(self.merger, recipe, self.spec.scratch, self.spec.device) as target:
             _free_memory()  # the engine is another process, and may need what a merge on the GPU has left

@@ -521,6 +521,74 @@ def test_broken_predictions_are_caught(broken: type[Evaluator], test: str, wide:
     assert not run(Letters)
 
 
+class Adapted(Letters):
+    """Takes adapters, and does nothing wrong."""
+
+    def adapts(self, task):
+        return True
+
+    def head(self, target, states):
+        return target.model[1](target.adapted("one", states))
+
+    def likelihoods(self, target, item_ids, *, alternatives=True):
+        for item_id in item_ids:
+            states = target.model[0](torch.tensor([[ord(c) for c in item_id]]))
+            yield Likelihoods(self.head(target, states)[0].log_softmax(0), len(item_id) % 3)
+
+    def predict(self, target, ids):
+        return self.head(target, target.model[0](ids))
+
+
+class ForgetsToScore(Adapted):
+    """Predicts with adapters, and scores without."""
+
+    def evaluate(self, target, item_ids):
+        return super().evaluate(replace(target, adapters={}), item_ids)
+
+
+class TooEarly(Adapted):
+    """What an adapter is given is not what the head looks at."""
+
+    def head(self, target, states):
+        return target.model[1](target.adapted("one", states / 2))
+
+
+class GivesTheAdapted(Adapted):
+    def predictions(self, target, item_ids, **options):
+        found = super().predictions(target, item_ids, **options)
+        return replace(found, hidden=None if found.hidden is None else target.adapted("one", found.hidden))
+
+
+class AlwaysAdapts(Adapted):
+    """Does something of its own where adapters are given."""
+
+    def head(self, target, states):
+        return super().head(target, states + len(target.adapters))
+
+
+@pytest.mark.parametrize(
+    ("broken", "test"),
+    [
+        (ForgetsToScore, "test_an_adapter_counts_wherever_its_own_task_is_scored_and_nowhere_else"),
+        (TooEarly, "test_an_adapter_is_given_what_predictions_call_hidden"),
+        (GivesTheAdapted, "test_an_adapter_is_given_what_predictions_call_hidden"),
+        (AlwaysAdapts, "test_adapters_that_change_nothing_change_no_outcome"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_broken_ways_with_adapters_are_caught(broken: type[Evaluator], test: str):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(128, 4, mode="sum", padding_idx=0), torch.nn.Linear(4, 3))
+    context = EvaluatorContext(Path(__file__).parent, {"one": TaskSpec("one")})
+
+    def run(evaluator: type[Evaluator]) -> bool:
+        case = EvaluatorCase(lambda: evaluator(context), Target(model), {"search": 10, "select": 10, "test": 10})
+        return fails(lambda: getattr(EvaluatorContract(), test)(case))
+
+    assert run(broken)
+    assert not run(Adapted)
+
+
 def test_what_merge_checks_is_no_matter_of_the_suites():
     """A method that writes into its inputs is stopped wherever it is used."""
     base, expert = torch.zeros(3), torch.ones(3)

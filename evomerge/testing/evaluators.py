@@ -98,6 +98,14 @@ def _asked_for(case: EvaluatorCase, evaluator: Evaluator, items: list[Item]) -> 
     return asked
 
 
+def _adapting(evaluator: Evaluator) -> list[str]:
+    """The tasks that take adapters."""
+    tasks = [task for task in evaluator.context.tasks if evaluator.adapts(task)]
+    if not tasks:
+        pytest.skip("it takes no adapters")
+    return tasks
+
+
 def _in_float64(target: Target) -> Target:
     return replace(target, model=copy.deepcopy(target.model).double())
 
@@ -283,6 +291,50 @@ class EvaluatorContract:
                         assert gradient.abs().sum() > 0
         finally:
             weight.requires_grad_(False)
+
+    def test_adapters_that_change_nothing_change_no_outcome(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        tasks, ids = _adapting(evaluator), [item.id for item in items]
+        behind = replace(case.target, adapters={task: lambda features: features for task in tasks})
+        assert _outcomes(evaluator, behind, ids) == _outcomes(evaluator, case.target, ids)
+
+    def test_an_adapter_is_given_what_predictions_call_hidden(self, case: EvaluatorCase) -> None:
+        evaluator, items = case.prepared()
+        for task in _adapting(evaluator):
+            assert {"answers", "hidden"} <= evaluator.predicts(task)
+            ids = [item.id for item in items if item.task == task][:5]
+            random.Random(3).shuffle(ids)
+            given: list[torch.Tensor] = []
+            adapter = lambda features, given=given: given.append(features.clone()) or features + 1  # noqa: E731
+            with torch.no_grad():
+                behind = replace(case.target, adapters={task: adapter})
+                found = evaluator.predictions(behind, ids, over="answers", hidden=True).hidden
+                plain = evaluator.predictions(case.target, ids, over="answers", hidden=True).hidden
+            assert found is not None and plain is not None and found.dim() == 2 and len(found) == len(ids)
+            torch.testing.assert_close(torch.cat(given), found, rtol=0, atol=0)
+            torch.testing.assert_close(plain, found, rtol=0, atol=0)
+
+    def test_an_adapter_counts_wherever_its_own_task_is_scored_and_nowhere_else(self, case: EvaluatorCase) -> None:
+        """With one that makes all items look alike, all get the same prediction, by whatever way it is asked for."""
+        evaluator, items = case.prepared()
+        outcomes = _outcomes(evaluator, case.target, [item.id for item in items])
+        for task in _adapting(evaluator):
+            behind = replace(case.target, adapters={task: torch.ones_like})
+            adapted = _outcomes(evaluator, behind, [item.id for item in items])
+            others = {item.id for item in items if item.task != task}
+            assert {i: adapted[i] for i in others} == {i: outcomes[i] for i in others}
+            ids = [item.id for item in items if item.task == task][:5]
+            labels = "labels" in evaluator.predicts(task)
+            with torch.no_grad():
+                found = evaluator.predictions(behind, ids, over="answers", labels=labels)
+                likelihoods = list(evaluator.likelihoods(behind, ids)) if evaluator.has_likelihoods else []
+            logs = found.logits.log_softmax(1)
+            torch.testing.assert_close(logs, logs[:1].expand_as(logs), rtol=1e-5, atol=1e-5)
+            for row, item in zip(logs, likelihoods, strict=bool(likelihoods)):
+                torch.testing.assert_close(item.logs.log_softmax(0), row, rtol=1e-4, atol=1e-4)
+            for row, right, i in zip(logs, [] if found.right is None else found.right.tolist(), ids, strict=labels):
+                stated = adapted[i].values.get("loglikelihood")
+                assert stated is None or math.isclose(float(row[right]), stated, rel_tol=1e-4, abs_tol=1e-3)
 
     def test_predictions_without_labels_read_none(self, case: EvaluatorCase) -> None:
         evaluator, items = case.prepared()
