@@ -318,7 +318,7 @@ def test_all_forms_hold_the_same_numbers(study):
     assert data["evomerge_leaderboard"] == 1
     assert set(data) == {
         "evomerge_leaderboard", "study", "tasks", "objectives", "constraints", "select", "test", "search_only",
-        "failed", "front", "winner", "best_control", "tested", "verdict", "notes",
+        "failed", "front", "winner", "best_control", "tested", "surgery", "verdict", "notes",
     }  # fmt: skip
     assert set(data["select"][0]) == {
         "rank", "subject", "name", "kind", "score", "objectives", "misses", "tasks", "difference", "search", "failures",
