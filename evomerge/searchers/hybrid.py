@@ -3,16 +3,15 @@
 A gradient goes far in many dimensions, but on a loss; CMA-ES follows the score itself, but needs candidates by the
 number of dimensions. The first gives the second where to begin and which directions matter: near its minimum the loss
 is about 1/2 (x - x0)' H (x - x0), and a distribution whose covariance is the inverse of H makes the same change of the
-loss in every direction (Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv:1604.00772: the optimal covariance
-is the inverse Hessian up to a factor). The score has another minimum than the loss, but what a weight does
-to the model it does to both.
+loss in every direction (Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv:1604.00772: the optimal covariance is
+the inverse Hessian up to a factor). The score has another minimum than the loss, but what a weight does to the model it
+does to both.
 
 H comes from products with it, each the difference of two gradients on the same items, by the inner products of all
 other steps: of every dimension where there are no more of them than products, else its diagonal, estimated from random
-signs (Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix", Applied Numerical Mathematics
-57). What has no curvature, or a negative one (the loss is not convex, the sample small), counts by its size, as
-in saddle-free Newton (Dauphin et al. 2014, arXiv:1406.2572), and no direction for less than 1/100 of the
-most curved one.
+signs (Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix", Applied Numerical Mathematics 57).
+What has no curvature, or a negative one (the loss is not convex, the sample small), counts by its size, as in
+saddle-free Newton (Dauphin et al. 2014, arXiv:1406.2572), and no direction for less than 1/100 of the most curved one.
 """
 
 from __future__ import annotations
