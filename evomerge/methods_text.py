@@ -14,6 +14,7 @@ from evomerge.errors import MethodError
 from evomerge.methods import METHODS
 from evomerge.methods.base import Method
 from evomerge.methods.lookup import find
+from evomerge.methods.statistics import LEARNERS
 from evomerge.params import Param
 from evomerge.plugins import METHOD
 
@@ -83,12 +84,18 @@ def show_method(name: str) -> str:
         ),
         _entry("experts", width, experts + (", LoRA adapters of one rank" if method.needs_factors else "")),
         _entry("base", width, "needed" if method.needs_base else "not needed"),
-        *([_entry("statistics", width, f"{method.statistics}, by evomerge collect")] if method.statistics else []),
+        *([_entry("statistics", width, _whence(method.statistics))] if method.statistics else []),
         *param("weights", method.weight, "one an expert: "),
     ]
     for key, fact in method.params.items():
         lines += param(key, fact)
     return "\n".join(lines)
+
+
+def _whence(kind: str) -> str:
+    return (
+        f"{kind}, which the searcher {LEARNERS[kind][0]} learns" if kind in LEARNERS else f"{kind}, by evomerge collect"
+    )
 
 
 def _range(param: Param) -> str:

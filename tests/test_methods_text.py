@@ -11,6 +11,13 @@ from evomerge.methods import METHODS
 from evomerge.methods_text import show_method, show_methods
 
 
+def test_statistics_say_where_they_come_from():
+    assert "gram, by evomerge collect" in show_method("regmean")
+    for name, kind in {"adarank": "components", "columns": "columns", "concrete": "entries"}.items():
+        text = " ".join(show_method(name).split())
+        assert f"{kind}, which the searcher {name} learns" in text and "evomerge collect" not in text
+
+
 @pytest.mark.parametrize("columns", [80, 100])
 def test_every_method_is_listed_and_shown_with_each_parameter(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -37,14 +37,14 @@ SHARED = ("entries",)  # all experts have the same mapping
 
 Statistics = Sequence[Mapping[str, Tensor]]
 
-_LEARNERS = {"columns": ("columns",), "components": ("adarank",), "entries": ("concrete",)}  # the searchers
+LEARNERS = {"columns": ("columns",), "components": ("adarank",), "entries": ("concrete",)}  # the searchers
 
 
 def how_to_collect(kind: str, experiment: str = "EXPERIMENT") -> str:
     """The remedy where statistics are missing."""
     if kind in LEARNED:
         return (
-            f"They are learned: search by the searcher that does ({', '.join(_LEARNERS[kind])}), or name a folder that "
+            f"They are learned: search by the searcher that does ({', '.join(LEARNERS[kind])}), or name a folder that "
             "such a search has left as `statistics` (statistics=[...] in Python)."
         )
     return (
