@@ -144,7 +144,7 @@ class Target:
     device: str = "cpu"
     checkpoint: Path | None = None
     scratch: Path | None = None
-    adapters: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    adapters: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, hash=False)
 
     def adapted(self, task: str, features: Tensor) -> Tensor:
         """A task's pooled ``features`` through its adapter; as they are where there is none."""
